@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import struct
 import sys
 import time
 from pathlib import Path
@@ -39,11 +41,27 @@ def test_turned_as_pillow_turns(turn: int, kind: str) -> None:
     about[0x0112] = turn
     picture = NOISE.resize((64, 96))
     data = encoded(picture, kind, exif=about)
-    with Image.open(__import__("io").BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data)) as image:
         image.load()
         expected = ImageOps.exif_transpose(image).convert("RGB")
         assert upright(image).convert("RGB").tobytes() == expected.tobytes()
     assert open_picture(data).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(("kind", "code"), [(1, "B"), (3, "H"), (4, "I"), (8, "h"), (9, "i")])
+def test_an_orientation_of_another_type_is_read_as_by_pillow(
+    order: str, kind: int, code: str
+) -> None:
+    value = struct.pack(order + code, 6).ljust(4, b"\0")
+    entry = struct.pack(f"{order}HHI", 0x0112, kind, 1) + value
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
+    about = head + struct.pack(f"{order}H", 1) + entry + b"\0" * 4
+    data = encoded(NOISE.resize((64, 96)), "JPEG", exif=b"Exif\0\0" + about)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    assert open_picture(data).tobytes() == expected.tobytes()
+    assert (orientation(about) == 6) == (kind != 1)
 
 
 def test_no_orientation_in_what_is_no_exif() -> None:

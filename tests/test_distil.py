@@ -79,6 +79,10 @@ def test_the_teachers_trajectories_are_its_pictures(tmp_path: Path) -> None:
         trajectories(teacher, ["a cat"], 2, 4.0, tmp_path, plan).states, taken.states
     )
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept
+    [path] = kept
+    path.write_bytes(path.read_bytes()[:1000])  # a damaged one is drawn again
+    again = trajectories(teacher, ["a cat"], 2, 4.0, tmp_path, plan)
+    assert torch.equal(again.states, taken.states)
 
 
 def test_each_process_draws_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +192,12 @@ def test_prompts(tmp_path: Path) -> None:
     path.write_text(" \n")
     with pytest.raises(SafelightError, match="has no prompts: expected one a line"):
         read_prompts(path)
+    path.write_bytes("a cat\fa\x85dog\u2028\n".encode())
+    assert read_prompts(path) == ["a cat\fa\x85dog"]
+    for wrong in ("cat " * 6000, "c\0a\0t"):
+        path.write_text(f"a cat\n\n{wrong}\n")
+        with pytest.raises(SafelightError, match=r"p.txt, line 3, cannot be used: prompt must be"):
+            read_prompts(path)
     path.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(SafelightError, match="is no UTF-8 text"):
         read_prompts(path)

@@ -19,11 +19,13 @@ import safelight
 from safelight import SafelightError
 from safelight.engine import job
 from safelight.engine.requests import (
+    _draws_size,
     _without_effect,
     create_job,
     new_result,
     resolve_request,
 )
+from safelight.families import sdxl
 from safelight.model import Lock, Model
 from safelight.request import Request
 from safelight.sampling import Level, clean_estimate
@@ -326,6 +328,23 @@ def test_what_a_person_should_know_is_a_warning(model: Model, settings, said: st
 def test_a_plain_request_has_no_warnings(model: Model, settings) -> None:
     request = Request(prompt="a red apple on a blue background", seed=1, **{**FEW, **settings})
     assert new_result(model, request, resolve_request(model, request)).warnings == []
+
+
+XL_SIZES = (  # of SDXL's training, either way round
+    *((704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152), (896, 1152)),
+    *((896, 1088), (960, 1088), (960, 1024), (1024, 1024), (704, 1472), (640, 1536), (640, 1600)),
+    *((576, 1664), (576, 1728), (512, 2048), (512, 1856)),
+)
+
+
+def test_sdxl_draws_the_sizes_that_it_was_trained_on() -> None:
+    for family in sdxl.VARIANTS:
+        model: Any = SimpleNamespace(family=family, native_size=(1024, 1024))
+        for one, other in XL_SIZES:
+            assert _draws_size(model, one, other)
+            assert _draws_size(model, other, one)
+        for size in ((512, 512), (768, 768), (1536, 1024), (1536, 1536)):
+            assert not _draws_size(model, *size)
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.5])

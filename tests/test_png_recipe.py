@@ -84,6 +84,22 @@ class TestText:
         assert parsed["parameters"]["Lora hashes"] == "a: 1, b: 2"
         assert parsed["parameters"]["Version"] == "v1.10.1"
 
+    def test_values_in_json_stay_whole(self):
+        hashes = '{"model": "abc", "lora:x": "y, z"}'
+        resources = '[{"type": "lora", "weight": 0.7}, {"modelVersionId": 128713}]'
+        parsed = parse_recipe_text(
+            f"a cat\nSteps: 20, Hashes: {hashes}, Civitai resources: {resources}, "
+            "Template: {a|b} cat, Other: [1] dog, Version: v1.9"
+        )
+        assert parsed["parameters"] == {
+            "Steps": "20",
+            "Hashes": hashes,
+            "Civitai resources": resources,
+            "Template": "{a|b} cat",  # what is no JSON ends at a comma
+            "Other": "[1] dog",
+            "Version": "v1.9",
+        }
+
     @pytest.mark.parametrize("text", ["", "a cat", "a cat\nSeed: 1", "a\nb: c, d: e"])
     def test_what_is_no_recipe_is_refused(self, text):
         with pytest.raises(SafelightError, match="Steps"):
@@ -95,7 +111,9 @@ class TestText:
         with contextlib.suppress(SafelightError):
             assert "Steps" in parse_recipe_text(text)["parameters"]
 
-    @pytest.mark.parametrize("piece", ['a: "', "a: b,", '"', "a: ", '\\"', "a: [", ", "])
+    @pytest.mark.parametrize(
+        "piece", ['a: "', "a: b,", '"', "a: ", '\\"', "a: [", ", ", '"a": {"b": 1, ', "a: [1, "]
+    )
     def test_parse_is_linear(self, piece):
         def seconds(length):
             text = "Steps: 1, " + piece * (length // len(piece))

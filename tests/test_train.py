@@ -4,11 +4,14 @@ import errno
 import io
 import math
 import os
+import resource
 import signal
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ from safelight.nets.unet import UNet2DConditionModel, UNetConfig
 from safelight.nets.unet2d import UNet2DConfig
 from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.sampling.schedule import SchedulerConfig
-from safelight.train import devices, loop, networks
+from safelight.train import board, devices, loop, networks
 from safelight.train.denoiser import (
     Noising,
     TextToImage,
@@ -33,6 +36,8 @@ from safelight.train.denoiser import (
 )
 from safelight.train.export import export_text_to_image, export_unconditional, replacing
 from safelight.train.loop import Draw, check_plan, fit
+from safelight.train.losses import Losses
+from safelight.train.out import save_whole
 from safelight.train.plan import Plan
 from safelight.train.tokens import train_vocabulary
 from safelight.weights import load_model
@@ -241,6 +246,115 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     monkeypatch.undo()
     assert not list((tmp_path / "a").glob("*.part"))
     assert torch.equal(train_line(tmp_path / "a"), train_line(tmp_path / "b"))
+
+
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let writes of files whose path holds one of these words fail, as on a full disk."""
+    words: list[str] = []
+    opened = io.open
+
+    class Full(io.FileIO):
+        def write(self, data: Any, /) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opening(file: Any, mode: str = "r", *given: Any, **other: Any) -> Any:
+        if set(mode) & set("wx") and any(word in str(file) for word in words):
+            raw = io.BufferedWriter(Full(file, "wb"))
+            return raw if "b" in mode else io.TextIOWrapper(raw)
+        return opened(file, mode, *given, **other)
+
+    monkeypatch.setattr(io, "open", opening)
+    return words
+
+
+def test_a_full_disk_for_the_curves_is_one_line(tmp_path: Path, full: list[str]) -> None:
+    full.append("tfevents")
+    message = r"tensorboard could not be written \(No space left on device\); checkpoints are kept"
+    threads: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", threads.append)
+        with pytest.raises(SafelightError, match=message):
+            train_line(tmp_path / "a")
+    full.clear()
+    train_line(tmp_path / "a", stop_at=None)
+    assert not threads
+    assert not [thread for thread in threading.enumerate() if "AsyncWriter" in repr(thread)]
+
+
+def test_a_full_disk_on_the_way_for_the_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint before it is kept, and the run goes on from there."""
+
+    class Full(io.BytesIO):
+        def write(self, data: Any, /) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    add = board.Board.add_scalar
+
+    def failing(self: Any, name: str, value: float, step: int) -> None:
+        if step == 8:
+            self._file = Full()
+        add(self, name, value, step)
+
+    monkeypatch.setattr(board.Board, "add_scalar", failing)
+    with pytest.raises(SafelightError, match=r"could not be written \(No space left on device\)"):
+        train_line(tmp_path / "a")
+    monkeypatch.undo()
+    assert torch.equal(train_line(tmp_path / "a"), train_line(tmp_path / "b"))
+
+
+def test_a_full_disk_for_the_number_of_steps_is_one_line(
+    tmp_path: Path, full: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "PACE", (2, 4))
+    full.append(str(tmp_path / "steps"))
+    plan = Plan(steps=0, batch=4, learning_rate=1e-2, seconds=0.1)
+    with pytest.raises(SafelightError, match=r"steps could not be written \(No space left"):
+        train_line(tmp_path, plan)
+
+
+def test_a_checkpoint_that_cannot_be_written_says_why(tmp_path: Path) -> None:
+    """torch's own error says only that its writer failed."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    value = {"large": torch.zeros(2**20)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(
+            SafelightError, match=r"^it could not be written .*\(File too large\); "
+        ):
+            save_whole(tmp_path / "it.pt", value, "it", "nothing is lost")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_processes_count_in_the_pace() -> None:
+    said: list[str] = []
+    for processes in (1, 3):
+        losses = Losses(torch.device("cpu"))
+        losses.add(torch.tensor(0.5))
+        nothing = SimpleNamespace(add_scalar=lambda *_: None)
+        losses.report(PLAN, 6, 0.5, said.append, nothing, processes)
+    assert "  8 samples/s" in said[0]
+    assert "  24 samples/s" in said[1]
+
+
+@pytest.mark.parametrize(("version", "fast"), [((7, 5), False), ((8, 0), True)])
+def test_bfloat16_is_not_emulated(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], fast: bool
+) -> None:
+    """A GPU before Ampere takes bfloat16, too, and computes it by float32."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: version)
+    monkeypatch.setattr(torch, "autocast", lambda kind, **settings: given.update(settings))
+    devices.autocast("cuda")
+    assert given["enabled"] is fast
 
 
 def test_min_snr_weighs_clean_levels_less() -> None:

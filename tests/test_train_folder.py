@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import tracemalloc
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -33,13 +39,15 @@ from safelight.nets.vae import AutoencoderKL, VAEConfig
 from safelight.prompt.tokenizer import clip_tokenizer
 from safelight.train import autoencoder, devices
 from safelight.train import folder as folders
-from safelight.train.autoencoder import to_pixels
+from safelight.train.autoencoder import encode, to_pixels
 from safelight.train.distil import distil
 from safelight.train.finetune import finetune
+from safelight.train.loop import Draw
 from safelight.train.networks import PIXELS
 from safelight.train.plan import Plan
+from safelight.train.scratch import Album, text_to_image
 from safelight.train.scratch import networks as scratch_networks
-from safelight.train.scratch import text_to_image
+from safelight.train.sheet import draw_sheet, is_sheet
 from safelight.train.tokens import token_ids
 from safelight.train.unconditional import network, unconditional
 from safelight.weights import load_model
@@ -104,6 +112,90 @@ class TestFolder:
             file.write('{"file_name": "e.png", "text": "gone"}\n')
         with pytest.raises(SafelightError, match=r"names pictures that are not there: e.png"):
             folders.captioned(pictures)
+
+    def test_metadata_as_in_hugging_faces_folders(self, tmp_path: Path) -> None:
+        """Each one names pictures relative to itself, and the nearest one counts."""
+        for name in ("a.png", "train/b.png", "train/deep/c.png"):
+            square(tmp_path / name, "red")
+
+        def write(folder: str, **said: str) -> None:
+            rows = [{"file_name": name.replace("_", "."), "text": t} for name, t in said.items()]
+            lines = "\n".join(map(json.dumps, rows)).replace('"a.png"', '"./a.png"')
+            (tmp_path / folder / "metadata.jsonl").write_text(lines)
+
+        write(".", a_png="a cat")
+        with (tmp_path / "metadata.jsonl").open("a") as file:
+            file.write('\n{"file_name": "train/b.png", "text": "farther"}\n')
+        write("train", b_png="a dog")
+        with (tmp_path / "train" / "metadata.jsonl").open("a") as file:
+            file.write('\n{"file_name": "deep/../deep/c.png", "text": "a cow"}\n')
+        said = {e.path.name: e.caption for e in folders.captioned(tmp_path)}
+        assert said == {"a.png": "a cat", "b.png": "a dog", "c.png": "a cow"}
+        (tmp_path / "train" / "metadata.jsonl").write_text("{")
+        with pytest.raises(SafelightError, match=r"^train/metadata.jsonl, line 1: expected"):
+            folders.captioned(tmp_path)
+
+    def test_metadata_that_names_another_kind_of_file(self, pictures: Path) -> None:
+        square(pictures / "b.bmp", "red")
+        with (pictures / "metadata.jsonl").open("a") as file:
+            file.write('{"file_name": "b.bmp", "text": "a red flag"}\n')
+        message = r"names files that are not read: b.bmp; PNG, JPEG and WebP are"
+        with pytest.raises(SafelightError, match=message):
+            folders.captioned(pictures)
+
+    def test_what_is_left_out_is_named(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / ".hidden above" / "pictures"
+        square(folder / "a.png", "red")
+        Image.new("RGB", (64, 64)).save(folder / "b.jfif", "JPEG")
+        assert folders.pictures(folder) == [folder / "a.png", folder / "b.jfif"]
+        assert capsys.readouterr().err == ""
+        square(folder / "c.bmp", "red")
+        square(folder / "in a folder.png" / "d.gif", "red")
+        square(folder / ".thumbnails" / "a.png", "red")
+        square(folder / ".e.png", "red")
+        for name in ("a.txt", "readme.md", "metadata.jsonl"):
+            (folder / name).touch()
+        assert folders.pictures(folder) == [folder / "a.png", folder / "b.jfif"]
+        assert capsys.readouterr().err == (
+            "left out, because they are not PNG, JPEG or WebP: c.bmp, in a folder.png/d.gif\n"
+        )
+
+    @pytest.mark.parametrize("caption", ["cat " * 6000, "c\0a\0t\0"])
+    def test_a_caption_that_cannot_be_a_prompt(self, pictures: Path, caption: str) -> None:
+        (pictures / "deep" / "b.txt").write_text(caption)
+        message = (
+            r"^the caption of deep/b.jpg cannot be used: prompt must be text of at most 16 KiB"
+        )
+        with pytest.raises(SafelightError, match=message):
+            folders.captioned(pictures)
+
+    def test_pictures_are_hashed_without_a_copy(self) -> None:
+        squares = np.random.default_rng(0).integers(0, 256, (64, 128, 128, 3), dtype=np.uint8)
+        words = json.dumps([["a cat"], squares.shape]).encode()
+        wanted = hashlib.sha256(words + squares.tobytes()).hexdigest()
+        tracemalloc.start()
+        try:
+            assert folders.digest(squares, ["a cat"]) == wanted
+            assert tracemalloc.get_traced_memory()[1] < squares.nbytes / 4
+        finally:
+            tracemalloc.stop()
+        assert folders.digest(squares[:, ::2], []) == folders.digest(squares[:, ::2].copy(), [])
+        assert len(folders.digest(np.zeros(0, np.uint8), [])) == 64
+
+    def test_pictures_are_read_into_one_array(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Reading a file takes a buffer that is larger than these pictures.
+        monkeypatch.setattr(folders, "open_picture", lambda _: Image.new("RGB", (256, 256), "red"))
+        paths = [Path(f"{i}.png") for i in range(16)]
+        folders.read(paths[:1], 128)
+        tracemalloc.start()
+        try:
+            squares = folders.read(paths, 128)
+            assert tracemalloc.get_traced_memory()[1] < 1.6 * squares.nbytes
+        finally:
+            tracemalloc.stop()
+        assert (squares == (255, 0, 0)).all()
 
     @pytest.mark.parametrize(
         "line", ["{", "[]", "3", '{"file_name": "a.png"}', '{"file_name": 1, "text": "x"}']
@@ -226,6 +318,58 @@ def test_fine_tuning_teaches_a_colour_and_diffusers_draws_the_same(
     assert apart.max() <= 1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"},
+        {
+            "_class_name": "DDIMScheduler",
+            "timestep_spacing": "trailing",
+            "rescale_betas_zero_snr": True,
+        },
+        {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True},
+    ],
+)
+def test_fine_tuning_keeps_the_scheduler_for_diffusers(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """With a learning rate of almost nothing, diffusers draws the same picture as before."""
+    import diffusers
+
+    base = tmp_path / "base"
+    shutil.copytree(load_model("embedded-fast").path, base)
+    config = base / "scheduler" / "scheduler_config.json"
+    raw = {**json.loads(config.read_text()), **settings, "of_another_program": 3}
+    config.write_text(json.dumps(raw))
+    index = json.loads((base / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", settings["_class_name"]]
+    (base / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("safelight.train.finetune.draw_sheet", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr("safelight.train.finetune.under", lambda *_: Image.new("RGB", (8, 8)))
+    plan = Plan(steps=1, batch=1, learning_rate=1e-12)
+    made = finetune(pictures, tmp_path / "out", plan, model=str(base), size=64)
+    assert json.loads((made / "scheduler" / "scheduler_config.json").read_text()) == raw
+    drawn = []
+    for folder in (base, made):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        seeded = torch.Generator().manual_seed(3)
+        given: dict[str, Any] = {"height": 64, "width": 64, "generator": seeded}
+        image = pipe("a cat", num_inference_steps=4, guidance_scale=1.0, **given).images[0]
+        drawn.append((type(pipe.scheduler).__name__, np.asarray(image).astype(int)))
+    assert drawn[0][0] == drawn[1][0] == settings["_class_name"]
+    assert np.abs(drawn[0][1] - drawn[1][1]).max() <= 1
+
+
+def test_a_sheet_is_drawn_as_the_model_draws_best(tmp_path: Path) -> None:
+    for other in ({}, {"guidance_scale": 2.0}):
+        sheet = draw_sheet("embedded-fast", tmp_path / "sheet.png", ["a cat"], **other)
+        wanted = safelight.load("embedded-fast").generate("a cat", seed=1, **other)
+        assert sheet.tobytes() == wanted.images[0].tobytes()
+    assert is_sheet(tmp_path / "sheet.png")
+    assert not is_sheet(tmp_path / "none.png")
+
+
 def test_what_is_refused_changes_nothing_beside_the_checkpoint(
     tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +395,7 @@ def test_what_is_refused_changes_nothing_beside_the_checkpoint(
         with pytest.raises(SafelightError, match="made by other settings"):
             call()
     assert not list((out / "model").iterdir())
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "model"]
 
 
 def test_what_training_needs_is_checked_before_the_teacher_draws(
@@ -284,7 +429,7 @@ def test_a_run_without_a_checkpoint_begins_anew(
 
     def sheet(model: str, path: Path, *_: Any) -> None:
         drawn.append(model)
-        path.touch()
+        square(path, "red")
 
     def stopped(*given: Any, **_: Any) -> None:
         plans.append(given[5].recipe)
@@ -300,9 +445,12 @@ def test_a_run_without_a_checkpoint_begins_anew(
     assert len(set(plans)) == 3
     made_by = json.dumps(asdict(replace(plan, recipe=plans[2])))
     torch.save({"plan": made_by, "step": 1}, out / "checkpoint.pt")
-    with pytest.raises(KeyboardInterrupt):
-        finetune(pictures, out, plan, model="embedded-fast", min_snr=5.0, size=64)
-    assert len(drawn) == 3
+    for sheets in (3, 4):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(pictures, out, plan, model="embedded-fast", min_snr=5.0, size=64)
+        assert len(drawn) == sheets
+        whole = (out / "before.png").read_bytes()
+        (out / "before.png").write_bytes(whole[: len(whole) // 2])
 
 
 def test_pictures_are_not_learned_from_what_was_drawn(pictures: Path, tmp_path: Path) -> None:
@@ -381,6 +529,40 @@ def test_latents_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(latents[4:], autoencoder.encode(vae, squares[4:]))
 
 
+def test_the_spread_of_latents_is_found_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, 1,024 pictures of 512 pixels a side would take gigabytes."""
+    sizes: list[int] = []
+    drawn: list[int] = []
+    fast: list[bool] = []
+
+    class Noted(Album):
+        def batch(self, n: int, rng: np.random.Generator) -> Any:
+            drawn.append(n)
+            return super().batch(n, rng)
+
+    def noted(part: Any) -> torch.Tensor:
+        sizes.append(len(part))
+        return to_pixels(part)
+
+    def cast(_: Any) -> Any:
+        fast.append(True)
+        return nullcontext()
+
+    monkeypatch.setattr(autoencoder, "to_pixels", noted)
+    monkeypatch.setattr(autoencoder, "autocast", cast)
+    monkeypatch.setattr(autoencoder, "AT_ONCE", 2 * 64 * 64)
+    vae = AutoencoderKL(DRY.networks.vae)
+    squares = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    album = Noted(squares, ["a"] * 5)
+    found = autoencoder.latent_spread(vae, album, Draw.of(0, 0), count=6)
+    assert sizes == drawn == [1, 2, 2, 1]
+    assert len(fast) == 4
+    pick = np.random.default_rng([0, 0]).integers(5, size=6)
+    with torch.no_grad():
+        wanted = vae.encode(to_pixels(squares[pick]))[0].std()
+    assert found == pytest.approx(float(wanted), rel=1e-4)
+
+
 def test_latents_have_the_scale_of_the_denoiser(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,11 +604,50 @@ def test_latents_are_kept_for_the_next_run(
         monkeypatch.setattr("safelight.train.finetune.encode", None)
     assert torch.equal(given[0], given[1])
     said = capsys.readouterr().err.splitlines()
+    # A damaged file is made again.
+    monkeypatch.setattr("safelight.train.finetune.encode", encode)
+    [kept] = (tmp_path / "out").glob("latents-*.pt")
+    whole = kept.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b""):
+        kept.write_bytes(damaged)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(pictures, tmp_path / "out", plan, size=64)
+        assert torch.equal(given[0], given.pop())
+        assert f"{kept} is damaged: it is made again" in capsys.readouterr().err
     assert said[:2] == [
         "warning: it has a flaw",
         "13 million weights are trained, which takes 0.3 GB of memory beside the pictures of a "
         "step; a checkpoint has 0.2 GB",
     ]
+
+
+def test_pixels_are_dropped_once_they_are_encoded(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Any]] = []
+
+    def reading(*given: Any) -> Any:
+        squares = folders.read(*given)
+        held.append(weakref.ref(squares))
+        return squares
+
+    def stopped(*_: Any, **__: Any) -> None:
+        gc.collect()
+        assert held[-1]() is None
+        raise KeyboardInterrupt
+
+    tiny = DRY.networks
+    for module in ("finetune", "scratch"):
+        monkeypatch.setattr(f"safelight.train.{module}.read", reading)
+        monkeypatch.setattr(f"safelight.train.{module}.train_text_to_image", stopped)
+    monkeypatch.setattr("safelight.train.finetune.draw_sheet", lambda *_: None)
+    monkeypatch.setattr("safelight.train.scratch.networks", lambda _: tiny)
+    plan = Plan(steps=1, batch=1, learning_rate=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(pictures, tmp_path / "fine", plan, size=64)
+    with pytest.raises(KeyboardInterrupt):
+        text_to_image(pictures, tmp_path / "new", plan, autoencoder_steps=1)
+    assert len(held) == 2
 
 
 @pytest.mark.parametrize(

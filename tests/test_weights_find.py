@@ -19,7 +19,7 @@ from safelight.weights.cache import cache_folder
 from safelight.weights.digest import digest_file, digest_files, model_digest
 from safelight.weights.find import find
 from safelight.weights.folder import Folder, choose_weights
-from safelight.weights.hub import MODEL, _complete, files_of
+from safelight.weights.hub import CONTROLNET, MODEL, VAE, _complete, files_of
 from test_weights_load import single_file
 from weights_tiny import FAMILY, change, pixel_folder, raw_file, refused, text_folder, write
 
@@ -335,6 +335,15 @@ def test_shards_of_the_chosen_variant_are_downloaded(variant, ending):
     half = [f"unet/diffusion_pytorch_model.safetensors.index.{variant}.json", *shards(ending)]
     assert files_of(index, always + plain + half, "x") == sorted(always + plain)
     assert files_of(index, always + half, "x") == sorted(always + half)
+
+
+@pytest.mark.parametrize("layout", [VAE, CONTROLNET])
+def test_shards_of_one_network_are_downloaded(layout):
+    stem = "diffusion_pytorch_model"
+    shards = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    files = ["config.json", f"{stem}.safetensors.index.json", *shards]
+    others = ["README.md", f"{stem}.fp16.safetensors", f"other-{shards[0]}"]
+    assert sorted(layout.files({}, [*files, *others], "x")) == sorted(files)
 
 
 def test_a_small_model_may_lie_in_the_root(tmp_path):

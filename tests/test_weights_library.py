@@ -71,6 +71,22 @@ def test_the_folders_of_other_programs_are_known(root, folders):
     assert len(library.entries()) == 8
 
 
+def test_a_list_of_models_does_not_read_the_folders_of_other_kinds(root, monkeypatch):
+    for folder in COMFY.values():
+        file(root / folder / "one.safetensors")
+    walked = []
+    walk = module._walk
+
+    def walking(home, kind, links):
+        walked.append(kind)
+        return walk(home, kind, links)
+
+    monkeypatch.setattr(module, "_walk", walking)
+    assert [entry.kind for entry in Library(root).entries("model")] == ["model"]
+    assert walked == ["model"]
+    assert {entry.kind for entry in Library(root).entries()} == {*COMFY}
+
+
 def test_a_file_in_the_root_is_what_its_content_says(root):
     for kind, tensors in (
         ("lora", LORA),

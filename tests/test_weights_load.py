@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelight import cli
-from safelight.families import sd
+from safelight.families import FAMILIES, sd
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.unet2d import UNet2DModel
@@ -17,7 +17,7 @@ from safelight.weights import inspect, load, load_model
 from safelight.weights.find import Source
 from safelight.weights.load import pick_device, pick_dtype
 from safelight.weights.names import open_clip_names, unet_names, vae_names
-from safelight.weights.plan import read_plan
+from safelight.weights.plan import _missing, read_plan
 from weights_tiny import FAMILY, change, part_weights, pixel_folder, refused, text_folder, write
 
 
@@ -476,6 +476,26 @@ def test_tokens_are_shown_for_a_single_file_without_an_autoencoder(tiny_family, 
     save_file({k: v for k, v in tensors.items() if not k.startswith("first_stage")}, file)
     assert cli.run(["tokens", "a", "--model", str(file)]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_tokens_are_shown_for_a_network_alone(tiny_family, tmp_path, capsys):
+    file = single_file(tmp_path / "model.safetensors", FAMILY)
+    alone = {k: v for k, v in load_file(file).items() if k.startswith("model.diffusion_model")}
+    save_file(alone, file)
+    assert cli.run(["tokens", "a", "--model", str(file)]) == 0
+    # With a folder of parts, its tokenizer reads the prompt: its vocabulary is letters.
+    folder = text_folder(tmp_path / "parts")
+    assert cli.run(["tokens", "abc", "--model", str(file), "--parts", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "a|b|c" in out
+
+
+def test_what_a_file_lacks_never_hides_the_way_to_give_it():
+    """An error of a file is cut at 200 characters."""
+    for family in FAMILIES:
+        lacking = [*family.parts, *family.tokenizers]
+        assert _missing(family, lacking, None).startswith(f"give a folder of {family.title} with")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,9 @@ _EXIF = b"Exif\0\0"
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 """Bytes of one value, by TIFF's type."""
 
+_WHOLE = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I"}
+"""The types of whole numbers, and how `struct` reads them. The standard asks for the first."""
+
 _ORIENTATION = 0x0112
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])", re.DOTALL)
 """The end of a scan: within one, 0xFF is followed by 0 or by a restart marker."""
@@ -56,9 +59,11 @@ def orientation(exif: bytes) -> int:
 
     No other entry is read.
     """
-    for tag, kind, _, value in _entries(exif.removeprefix(_EXIF)):
-        if tag == _ORIENTATION and kind == 3:
-            found = value[0] if exif.removeprefix(_EXIF).startswith(b"II") else value[1]
+    tiff = exif.removeprefix(_EXIF)
+    for tag, kind, _, value in _entries(tiff):
+        if tag == _ORIENTATION and kind in _WHOLE:
+            order = "<" if tiff.startswith(b"II") else ">"
+            (found,) = struct.unpack_from(order + _WHOLE[kind], value)
             return found if 1 <= found <= 8 else 1
     return 1
 

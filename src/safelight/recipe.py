@@ -145,12 +145,13 @@ def _quoted(value: object) -> str:
 def parse_recipe_text(text: str) -> dict[str, Any]:
     """Return the parts of a `parameters` text: prompt, negative_prompt, and the pairs as strings.
 
+    A value that is JSON, as those of `Hashes` and `Civitai resources` are, stays as it is written.
     Takes time linear in the length of any text. Raises SafelightError if there is no line of pairs
     at its end.
     """
     body, _, last = text.strip("\n").rpartition("\n")
     pairs: dict[str, str] = {}
-    at = 0
+    at, tries_json = 0, True
     while (colon := last.find(": ", at)) >= 0:
         key, at = last[at:colon].strip(" ,"), colon + 2
         if last.startswith('"', at):
@@ -160,14 +161,29 @@ def parse_recipe_text(text: str) -> dict[str, Any]:
                 break
             value = value.encode(errors="replace").decode()  # no lone surrogates
         else:
-            comma = last.find(",", at)
-            end = comma if comma >= 0 else len(last)
+            end = _json_end(last, at) if tries_json and last.startswith(("{", "["), at) else None
+            if end is None:
+                # Only one try may fail: each may read the whole rest.
+                tries_json = tries_json and not last.startswith(("{", "["), at)
+                comma = last.find(",", at)
+                end = comma if comma >= 0 else len(last)
             value, at = last[at:end].strip(), end
         pairs[key] = value
     if "Steps" not in pairs:
         raise SafelightError("its text `parameters` has no line that begins with 'Steps: '")
     prompt, _, negative = f"\n{body}".partition("\nNegative prompt: ")
     return {"prompt": prompt.removeprefix("\n"), "negative_prompt": negative, "parameters": pairs}
+
+
+def _json_end(text: str, at: int) -> int | None:
+    """Return where the JSON that begins at a place ends; None if it is none, or more follows."""
+    try:
+        # Numbers stay text: long ones take more than linear time.
+        _, end = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return None
+    after = text[end : end + 1]
+    return end if after in ("", ",") else None
 
 
 def read_recipe(source: str | Path | bytes) -> dict[str, Any]:

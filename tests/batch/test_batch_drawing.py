@@ -100,7 +100,7 @@ def test_pictures_in_company_are_close(model, alone):
 
 
 def test_an_actor_of_ray_draws_the_same(model, alone, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(drawing, "Drawer", lambda name, how: drawer(model, how))
+    monkeypatch.setattr(drawing, "Drawer", lambda name, how, tell: drawer(model, how))
     table = pa.table({"row": [json.dumps(asdict(row)) for row in rows()]})
     made = list(DrawingActor("embedded", EXACT)(table))
     assert [len(one) for one in made] == [1] * len(VALUES)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from safelight.batch.check import Row, Rules
+from safelight.batch.drawing import Drawer
 from safelight.batch.on_ray import Cluster, DrawingActor, _Crew
 from safelight.batch.output import Outcome
 from safelight.batch.rows import Columns
@@ -84,5 +85,29 @@ def test_a_model_that_cannot_be_loaded_fails_its_own_rows(spares: bool):
     made = list(DrawingActor("/none", How({"device": "cpu"}), spares)(table))
     told = [json.loads(one["outcome"][0].as_py()) for one in made]
     assert [(one["row_id"], one["error"][0]) for one in told] == (
-        [("1", "no_model"), ("2", "no_model")] if spares else [("1", "fatal")]
+        [("1", "no_model"), ("2", "no_model")] if spares else [("", "fatal")]
     )
+
+
+def test_a_fault_of_the_program_ends_the_batch(monkeypatch: pytest.MonkeyPatch):
+    """Ray would leave the rows out, and they would be blamed on too little memory."""
+    pytest.importorskip("ray")
+
+    def fail(self: Drawer, row: Row) -> Any:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(Drawer, "_begin", fail)
+    values = {"prompt": "a cat", "steps": 1}
+    rows = [Rules().row(i, Columns(i, values)) for i in range(1, 9)]
+    actor = DrawingActor("embedded", How({"device": "cpu"}))
+    tables = []
+
+    def data(drawn: list[pa.Table]) -> Any:
+        tables.extend(drawn)
+        mapped = SimpleNamespace(iter_batches=lambda **_: (o for t in tables for o in actor(t)))
+        return SimpleNamespace(map_batches=lambda *_, **__: mapped)
+
+    monkeypatch.setattr("ray.data.from_arrow", data)
+    with pytest.raises(RuntimeError, match=r"a worker met a fault of Safelight\n(.*\n)*ZeroDiv"):
+        list(_Crew(1, 1, 1, 0).draw_all("embedded", How(), rows, 8))
+    assert len(tables) == 1

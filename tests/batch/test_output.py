@@ -1,10 +1,12 @@
 """What a batch writes, when its process is killed at any write, on a disk and at a URL."""
 
+import errno
 import io
 import json
 import os
 import sys
 import tarfile
+import time
 import uuid
 from collections import Counter
 from collections.abc import Generator, Iterable
@@ -18,9 +20,10 @@ import pytest
 from safelight.batch.check import Rules
 from safelight.batch.lines import Lines
 from safelight.batch.output import Outcome, Output
+from safelight.batch.patient import WAITS
 from safelight.batch.run import How, Job, leave_out_done, read, run
 from safelight.batch.worklist import WorkList
-from safelight.errors import SafelightError
+from safelight.errors import AwayError, SafelightError
 from safelight.storage import Folder, Remote, Storage, storage_at
 
 ROWS = 7
@@ -189,6 +192,156 @@ def test_a_picture_that_is_gone_is_drawn_again(file: str, out: str):
     report = run(asked, draw)
     assert (report.before, report.drawn) == (6, 1)
     assert found(asked) == WANTED
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_shard_that_is_gone_is_drawn_again(file: str, out: str, kind: str, number: int):
+    asked = job(file, out, shards=kind, shard_rows=3)
+    run(asked, draw)
+    shards = sorted(storage_at(out).names("shards"))
+    storage_at(out).remove([f"shards/{shards[number]}"])
+    report = run(asked, draw)
+    lost = 3 if number == 0 else 1
+    assert (report.before, report.drawn) == (ROWS - lost, lost)
+    assert found(asked) == WANTED
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"id": "row 0", "caption": "x"},
+        {"id": "row 0", "request": "x", "files": "x"},
+        {"id": "row 0", "request": "x", "files": [[]]},
+        {"id": 3, "request": "x", "files": []},
+        {"id": "\ud800", "request": "x", "files": []},
+    ],
+)
+def test_an_object_that_is_not_ours_is_named(file: str, out: str, line: dict[str, Any]):
+    run(job(file, out), draw)
+    data = storage_at(out).read("index.jsonl") or b""
+    storage_at(out).write("index.jsonl", data + json.dumps(line).encode() + b"\n")
+    with pytest.raises(SafelightError, match=r"index\.jsonl in .* has a line that is not ours"):
+        run(job(file, out), draw)
+
+
+@pytest.mark.parametrize("shard", [None, "x.tar", "shards/x.tar"])
+def test_a_row_of_a_strange_shard_is_named(file: str, out: str, shard: str | None):
+    asked = job(file, out, shards="webdataset")
+    run(asked, draw)
+    lines = (storage_at(out).read("index.jsonl") or b"").splitlines()
+    storage_at(out).write("shards/x.tar", b"")
+    line = {**json.loads(lines[0]), "shard": shard}
+    storage_at(out).write("index.jsonl", json.dumps(line).encode() + b"\n")
+    with pytest.raises(SafelightError, match=r"index\.jsonl in .* has a line that is not ours"):
+        run(asked, draw)
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b'{"files": [], "record": 3, "recipes": []}'])
+def test_a_file_among_those_that_wait_that_is_not_ours_is_named(file: str, out: str, data: bytes):
+    asked = job(file, out, shards="webdataset")
+    run(asked, draw)
+    storage_at(out).write("pending/x.json", data)
+    with pytest.raises(SafelightError, match=r"pending/x\.json in .* is not ours: remove it"):
+        run(asked, draw)
+    assert storage_at(out).read("pending/x.json") == data
+
+
+def test_a_full_disk_leaves_no_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = Lines(Folder(tmp_path), "index")
+    lines.append({"id": "a"})
+    whole = (tmp_path / "index.jsonl").read_bytes()
+
+    class Full:
+        """A file on a disk that has room for five more bytes."""
+
+        room = 5
+
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = self._file.write(data[: self.room])
+            self.room -= written
+            return written
+
+    file = lines._file
+    monkeypatch.setattr(lines, "_file", Full(file))
+    with pytest.raises(SafelightError, match="cannot be written: No space left"):
+        lines.append({"id": "b"})
+    assert (tmp_path / "index.jsonl").read_bytes() == whole
+    monkeypatch.setattr(lines, "_file", file)  # another program makes room
+    lines.append({"id": "c"})
+    lines.close()
+    assert [one["id"] for one in Lines(Folder(tmp_path), "index").load()] == ["a", "c"]
+
+
+@KINDS
+@pytest.mark.parametrize("outage", [3, len(WAITS) + 1])
+def test_a_store_that_is_away_is_waited_for(
+    file: str, kind: str | None, outage: int, monkeypatch: pytest.MonkeyPatch
+):
+    """outage: the calls in a row that fail, in the middle of a run."""
+    monkeypatch.setattr(Lines, "PART", 2)
+    waited: list[float] = []
+    told: list[str] = []
+    away = {"in": 9, "for": outage}
+    monkeypatch.setattr(time, "sleep", waited.append)
+
+    def failing(method: Any) -> Any:
+        def call(self: Any, *given: Any) -> Any:
+            away["in"] -= 1
+            if away["in"] < 0 and away["for"]:
+                away["for"] -= 1
+                raise AwayError("the storage cannot be used: SlowDown")
+            return method(self, *given)
+
+        return call
+
+    for method in ("write", "write_with", "remove"):
+        monkeypatch.setattr(Remote, method, failing(getattr(Remote, method)))
+    asked = job(file, f"memory://{uuid.uuid4().hex}/out", shards=kind, shard_rows=3)
+    if outage > len(WAITS):
+        with pytest.raises(AwayError, match="SlowDown"):
+            run(asked, draw, tell=told.append)
+        assert waited == list(WAITS)
+    else:
+        run(asked, draw, tell=told.append)
+        assert waited == [1, 2, 4]
+    assert told == ["the storage cannot be used: SlowDown; it is tried again for 5 minutes"]
+    away["for"] = 0
+    run(asked, draw)
+    assert found(asked) == WANTED
+
+
+def test_a_store_that_never_worked_is_not_waited_for(file: str, monkeypatch: pytest.MonkeyPatch):
+    def fail(self: Remote, name: str, data: bytes) -> None:
+        raise AwayError("the key is wrong")
+
+    monkeypatch.setattr(Remote, "write", fail)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with pytest.raises(AwayError, match="the key is wrong"):
+        run(job(file, f"memory://{uuid.uuid4().hex}/out"), draw)
+
+
+def test_a_batch_may_go_on_with_low_memory(file: str, out: str):
+    def stop(work: Any, how: How, tell: object) -> Generator[Outcome]:
+        yield next(draw(work, how, tell))
+        raise SafelightError("out of memory", code="out_of_memory")
+
+    asked = replace(job(file, out), how=How(loading={"low_memory": False, "dtype": None}))
+    with pytest.raises(SafelightError, match="out of memory"):
+        run(asked, stop)
+    asked = replace(asked, how=How(loading={"low_memory": True, "dtype": None}))
+    assert run(asked, draw).before == 1
+    assert found(asked) == WANTED
+    with pytest.raises(SafelightError, match="a batch with another dtype"):
+        run(replace(asked, how=How(loading={"low_memory": True, "dtype": "float32"})), draw)
 
 
 def test_new_rows_are_added_and_changed_ones_refused(file: str, out: str):

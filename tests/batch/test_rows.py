@@ -4,6 +4,9 @@ import csv
 import gzip
 import json
 import os
+import threading
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from PIL import Image
 from safelight.batch.check import Row, Rules, name_of, seed_of
 from safelight.batch.rows import Columns, kind_of, read_rows
 from safelight.batch.worklist import WorkList
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "prompt": "a cat", "steps": 3, "guidance_scale": 2.5},
@@ -218,7 +221,8 @@ def test_names_of_files_are_one_to_one_and_harmless():
         ("rows.txt", "x", "must be a file of rows that ends in .jsonl"),
         ("rows.jsonl", None, "cannot be read: No such file"),
         ("rows.csv", "a,a\n1,2\n", "each of them once"),
-        ("rows.csv", 'prompt\n"x', "cannot be read as CSV"),
+        ("rows.csv", 'prompt\na\n"x\ny', "a quote that begins at line 3 ends wrongly at line 4"),
+        ("rows.csv", 'pro"mpt,"a"b\nx,y', "cannot be read as CSV: line 1"),
         ("rows.parquet", "no", "is not Parquet"),
         ("rows.jsonl", b"\xff\xfe{", "not text in UTF-8"),
         ("rows.jsonl.gz", "no", "cannot be read"),
@@ -275,6 +279,111 @@ def test_rows_come_by_model_and_size():
         assert [r.id for r in work.sample("b", 3)] == ["0", "2"]
         shapes = work.shapes("a", ("width", "steps"))
         assert sorted((s["width"], n) for s, n in shapes) == [(64, 1), (128, 2)]
+
+
+def test_csv_as_pandas_and_spreadsheets_write_it(tmp_path: Path):
+    """An index without a name, separators at the ends of lines, and numbers with a point."""
+    path = tmp_path / "rows.csv"
+    expected = {"prompt": "a cat", "steps": 20, "seed": 7}
+    for text in (
+        ",prompt,steps,seed\n0,a cat,20.0,7.\n",
+        "prompt;steps;seed;;\na cat;20;7;;\n",
+        "prompt,steps,seed\na cat,20.0,7,,\n",
+    ):
+        path.write_text(text)
+        assert settings(str(path)) == {"1": expected}
+    for text in ("prompt,,steps\na cat,,2\n", "prompt,prompt\na,b\n", ",,\n1,2,3\n"):
+        path.write_text(text)
+        with pytest.raises(SafelightError, match="a line of column names, each of them once"):
+            settings(str(path))
+    path.write_text("prompt,steps,\na cat,20.5,\nb,2,x\n")
+    with WorkList() as work:
+        problems = list(work.fill(read_rows(str(path)), Rules()))
+    assert [one.line for one in problems] == [2, 3]
+    assert "steps must be a whole number" in problems[0].message
+    assert problems[1].message == "this row has 3 cells, and 2 columns have names"
+
+
+def test_a_wrong_quote_has_its_line_and_spares_the_other_rows(tmp_path: Path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,steps\na,2\n"red" apple,3\n"two\nlines",4\n')
+    first, wrong, last = read_rows(str(path))
+    assert (first.line, last.line) == (2, 4)
+    assert last.values == {"prompt": "two\nlines", "steps": "4"}
+    assert (wrong.line, (wrong.problem or "").partition(":")[0]) == (3, "this is not CSV")
+
+
+def test_a_long_cell_may_be_in_a_csv_file(tmp_path: Path):
+    (tmp_path / "rows.csv").write_text(f"prompt,blob\na cat,{'x' * 200_000}\n")
+    found = settings(str(tmp_path / "rows.csv"), ignored=frozenset({"blob"}))
+    assert found["1"]["prompt"] == "a cat"
+
+
+def test_decimal_numbers_of_parquet_are_numbers(tmp_path: Path):
+    columns = {"id": "7", "steps": "20.00", "guidance_scale": "7.50", "prompt": None}
+    table = {n: [None if v is None else Decimal(v)] for n, v in columns.items()}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    with WorkList() as work:
+        rules = Rules(defaults={"prompt": "a cat"})
+        assert not list(work.fill(read_rows(str(tmp_path / "rows.parquet")), rules))
+        (made,) = work.rows("embedded")
+    assert (made.id, made.settings["steps"], made.settings["guidance_scale"]) == ("7", 20, 7.5)
+    values = {"price": Decimal("7.50")}  # in a text it stays as it was
+    assert row(values, templates={"prompt": "{price} €"}).settings["prompt"] == "7.50 €"
+
+
+class Web(ThreadingHTTPServer):
+    """Serves one file in chunks: without its length, and without ranges."""
+
+    def __init__(self, data: bytes) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                if "gone" in self.path:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                for part in (data[:9], data[9:], b""):
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@pytest.mark.parametrize("end", ["jsonl", "jsonl.gz", "csv", "tsv", "parquet"])
+def test_rows_at_an_address_with_a_query(tmp_path: Path, end: str):
+    pytest.importorskip("aiohttp")
+    data = Path(write(tmp_path / f"rows.{end}", ROWS)).read_bytes()
+    with Web(data) as web:
+        found = settings(f"http://127.0.0.1:{web.server_port}/rows.{end}?token=abc.def")
+        with pytest.raises(SafelightError, match=r"\?…' cannot be read: No such file$") as caught:
+            settings(f"http://127.0.0.1:{web.server_port}/gone.{end}?token=abc")
+        web.shutdown()
+    assert [*found] == ["a", "b", "c"]
+    assert "abc" not in str(caught.value)
+
+
+def test_a_secret_in_an_address_is_not_told(tmp_path: Path):
+    for file in ("https://anna:abc@example.com/x.txt", "https://example.com/rows?token=abc.csv"):
+        with pytest.raises(SafelightError, match=r"must be a file of rows that ends in") as caught:
+            kind_of(file)
+        assert "abc" not in str(caught.value)
+
+
+def test_a_full_folder_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    with WorkList() as work:
+        work._database.execute("PRAGMA max_page_count = 12")
+        columns = (Columns(i, {"prompt": "x" * 1000}) for i in range(1, 500))
+        with pytest.raises(StorageError, match=r"^the folder for temporary files[^\n]*full[^\n]*$"):
+            list(work.fill(columns, Rules()))
+    monkeypatch.setattr("tempfile.tempdir", "/none")
+    with pytest.raises(StorageError, match=r"^the folder for temporary files, /none, cannot be"):
+        WorkList()
 
 
 def test_the_end_of_a_name_says_its_format():

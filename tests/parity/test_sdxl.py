@@ -9,11 +9,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from safelight.engine.capacity import probe
 from safelight.errors import SafelightError
+from safelight.explain.watch import watch
 from safelight.families import sdxl
+from safelight.fast import memory
 from safelight.request import Request
-from safelight.weights import load_model
+from safelight.weights import budget, load, load_model
 from tests.crossed import crossed
 from tests.parity.sdxl_models import (
     REFINER,
@@ -60,6 +64,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+def white() -> Image.Image:
+    """Return a mask that repaints everything."""
+    return Image.new("L", (64, 64), 255)
+
+
 def check(
     worst: Worst, folder: Path, task: str, sampler: str, given: dict[str, Any], **settings: Any
 ) -> None:
@@ -96,6 +105,39 @@ def test_inpainting(
     given = {**asked, "mask_image": left_half(), "num_inference_steps": 8, **SIZE}
     task = "StableDiffusionXLInpaintPipeline"
     check(worst, models[name], task, sampler, given, **asked, mask=left_half(), steps=8)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "ddim"])
+def test_an_inpainting_model_draws_from_words_alone(
+    worst: Worst, models: dict[str, Path], sampler: str
+) -> None:
+    """As with a mask that is white everywhere, so that nothing of the picture counts."""
+    asked = {**ASKED, "steps": 6, "seed": 11, "sampler": sampler}
+    given = {**ASKED, "image": picture(), "mask_image": white(), "num_inference_steps": 6, **SIZE}
+    task = "StableDiffusionXLInpaintPipeline"
+    check(worst, models["inpainting"], task, sampler, {**given, "strength": 1.0}, **ASKED, steps=6)
+    model = ours(models["inpainting"])
+    drawn = model.generate(**asked).images[0]
+    for image in (picture(), Image.new("RGB", (64, 64), "gray")):
+        masked = model.generate(**asked, image=image, mask=white()).images[0]
+        assert masked.tobytes() == drawn.tobytes()
+    image = {"image": picture(), "strength": 0.6}
+    changed = model.generate(**asked, **image).images[0]
+    assert changed.tobytes() == model.generate(**asked, **image, mask=white()).images[0].tobytes()
+    assert changed.tobytes() != drawn.tobytes()
+
+
+def test_an_inpainting_model_without_a_mask_is_looked_inside(models: dict[str, Path]) -> None:
+    model = ours(models["inpainting"])
+    request = Request(**ASKED, steps=3, seed=5)
+    drawn = model.generate(request).images[0]
+    steps: list[Any] = []
+    story = watch(model, request, steps.append)
+    assert story.result.images[0].tobytes() == drawn.tobytes()
+    assert [step.preview().size for step in steps] == [(64, 64)] * 3
+    both = model.generate(request.replace(count=2)).images  # in one call of the network
+    assert np.abs(np.asarray(both[0]).astype(int) - np.asarray(drawn)).max() <= 1
+    assert probe(model, 2).shape == (2, 4, 8, 8)
 
 
 @pytest.mark.parametrize("scores", [(6.0, 2.5), (9.0, 1.0)])
@@ -236,6 +278,28 @@ def test_a_refiner_of_another_kind_is_refused(models: dict[str, Path]) -> None:
         load_model(str(models["base"]), device="cpu", refiner="embedded")
     with pytest.raises(SafelightError, match="both must be of SDXL"):
         load_model("embedded", device="cpu", refiner=str(models["refiner"]))
+    with pytest.raises(SafelightError, match="refiner inpainting is an inpainting model") as caught:
+        load_model(str(models["base"]), device="cpu", refiner=str(models["inpainting"]))
+    assert caught.value.field == "refiner"
+
+
+def test_base_and_refiner_must_fit_together(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, refiner = str(models["base"]), str(models["refiner"])
+    held = [load_model(one, device="cpu", dtype="float32").weights_held for one in (base, refiner)]
+    total = budget.PROGRAM + budget.MAPS * 64 * 64 * 8 * 4 + sum(held)
+    monkeypatch.setattr(load, "TOLD_FROM", 0)
+    monkeypatch.setattr(memory, "total", lambda: total)
+    told: list[str] = []
+    both = load_model(base, device="cpu", dtype="float32", refiner=refiner, on_plan=told.append)
+    assert [one.weights_held for one in (both, both.refiner)] == held
+    [line] = told
+    assert f"{sum(held) / 1e9:.1f} GB of weights" in line
+    monkeypatch.setattr(memory, "total", lambda: total - 1)
+    with pytest.raises(SafelightError, match="base: with its refiner takes"):
+        load_model(base, device="cpu", dtype="float32", refiner=refiner)
+    assert load_model(base, device="cpu", dtype="float32").refiner is None
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,29 @@
 """Textual inversions in prompts, by each tool's rule, and the files that they come from."""
 
 import copy
+import json
 import pickle
+from base64 import b64encode
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from safelight.adapters.embedding import EmbeddingFile, Vectors, bundled, look_at
+from safelight.adapters.embeddings import EmbeddingFinder
 from safelight.adapters.learned import with_embeddings
 from safelight.errors import SafelightError
 from safelight.prompt.chunks import chunks_of
 from safelight.prompt.dialects import read
 from safelight.prompt.reading import Piece
 from safelight.prompt.states import States
+from safelight.request import Request
 from safelight.weights.check import read_header
+from safelight.weights.library import open_library
 from tests.prompt import reference
 from tests.prompt.reference import prompts
 
@@ -231,6 +236,15 @@ def test_vectors_for_two_text_encoders(tmp_path):
     save_file({"clip_l": small, "clip_g": small + 1}, tmp_path / "same.safetensors")
     found = fitting(tmp_path / "same.safetensors", dict.fromkeys(widths, 32))
     assert torch.equal(found["text_encoder_2"], small + 1)
+    # As trainers of the cog format write it.
+    names = "text_encoders_0", "text_encoders_1"
+    save_file(dict(zip(names, (small, small + 1), strict=True)), tmp_path / "cog.safetensors")
+    found = fitting(tmp_path / "cog.safetensors", dict.fromkeys(widths, 32))
+    assert torch.equal(found["text_encoder"], small)
+    assert torch.equal(found["text_encoder_2"], small + 1)
+    save_file({"clip_l": small, "text_encoders_0": large}, tmp_path / "two.safetensors")
+    with pytest.raises(SafelightError, match="one text encoder under two names"):
+        look_at(tmp_path / "two.safetensors")
     torch.save([{"x": large[:1]}, {"x": small}, {"x": large[1:]}], tmp_path / "list.pt")
     found = fitting(tmp_path / "list.pt", widths)
     assert torch.equal(found["text_encoder"], small)
@@ -276,6 +290,39 @@ def test_an_embedding_of_a_text_encoders_output_in_a_lora(keys, tmp_path):
         bundled(read_header(path), "<me>".__eq__, None)
 
 
+def picture_of(path, damage=lambda data: data):
+    content = {"string_to_param": {"*": {"TORCHTENSOR": [[0.5] * 32]}}}
+    info = PngImagePlugin.PngInfo()
+    info.add_text("sd-ti-embedding", b64encode(json.dumps(content).encode()).decode())
+    Image.effect_noise((64, 64), 90).save(path, pnginfo=info)
+    path.write_bytes(damage(path.read_bytes()))
+
+
+def test_a_bad_embedding_named_by_its_path_says_what_is_wrong(tmp_path):
+    finder = EmbeddingFinder(takes_paths=True)
+    (tmp_path / "bad.pt").write_bytes(b"hello")
+    with pytest.raises(SafelightError, match=r"embedding bad\.pt: only 5 bytes"):
+        finder.located(str(tmp_path / "bad.pt"))
+    with pytest.raises(SafelightError, match="no file here"):
+        finder.located("x" * 5000)
+
+
+def test_a_cut_off_picture_in_a1111_is_a_warning(clip, tmp_path):
+    folder = tmp_path / "embeddings"
+    folder.mkdir()
+    picture_of(folder / "zork.png", lambda data: data[: len(data) // 2])
+    finder = EmbeddingFinder(open_library(tmp_path))
+    widths, warnings = {"text_encoder": 32}, []
+    request = Request(prompt="a zork", prompt_syntax="a1111")
+    assert finder.choose(request, clip.tokenizer, widths, warnings=warnings) == ()
+    assert len(warnings) == 1
+    assert "damaged or cut off" in warnings[0]
+    assert "its name in the prompt is read as text" in warnings[0]
+    picture_of(folder / "zork.png")
+    [found] = finder.choose(request, clip.tokenizer, widths)
+    assert found.read(found.vectors[0]).tolist() == [[0.5] * 32]
+
+
 class Hostile:
     def __reduce__(self):
         return print, ("it ran",)
@@ -299,6 +346,7 @@ class Hostile:
         ("x.pt", lambda p: torch.save({"x": torch.full((1, 32), torch.nan)}, p), "NaN or Inf"),
         ("x.png", lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n"), "it is not"),
         ("x.png", lambda p: Image.new("RGB", (8, 8)).save(p), "a picture without an embedding"),
+        ("x.png", lambda p: picture_of(p, lambda data: data[:-100]), "damaged or cut off"),
         ("x.safetensors", lambda p: p.write_bytes(b"hello"), "safetensors"),
         (
             "x.safetensors",

@@ -331,6 +331,16 @@ def test_under_load(tmp_path: Path) -> None:
         assert not list((again / "quarantine").rglob("*.png"))
 
 
+def test_a_new_volume_of_ext4_is_empty(drawn: tuple[Path, set[str]], tmp_path: Path) -> None:
+    root, _ = drawn
+    for name in ("backup", "again"):
+        (tmp_path / name / "lost+found").mkdir(parents=True)
+    back_up(root, f"sqlite:///{root / 'jobs.sqlite3'}", tmp_path / "backup")
+    restore(tmp_path / "backup", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(root)
+    assert (tmp_path / "again" / "lost+found").is_dir()
+
+
 def test_a_storage_that_is_not_empty_leaves_no_mark_in_the_folder(
     drawn: tuple[Path, set[str]], tmp_path: Path
 ) -> None:

@@ -6,13 +6,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from serving import Serving, room_for_one
 
 from safelight.errors import SafelightError
-from safelight.server.loaded import LoadedModels
+from safelight.server.loaded import LISTED, LoadedModels
 from safelight.server.metrics import MAX_MODELS, REST, Metrics
 from safelight.server.pulse import Pulse
 from safelight.server.settings import WorkerSettings
@@ -210,3 +211,19 @@ def test_a_model_of_the_hub_is_downloaded_before_its_memory_is_compared(
     with pytest.raises(SafelightError, match="and --model-memory is 0"):
         models.load_first()
     assert cached == {"org/model", *parts.values()}
+
+
+def test_the_models_folder_is_not_listed_at_each_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("safelight.server.loaded.time", SimpleNamespace(monotonic=lambda: now))
+    (tmp_path / "checkpoints").mkdir()
+    settings = WorkerSettings("embedded", "", "", models_dir=str(tmp_path), elsewhere=True)
+    models = LoadedModels(settings, Pulse(), print)
+    assert "mine" not in (models.loadable or ())
+    (tmp_path / "checkpoints" / "mine.safetensors").write_bytes(b"x")
+    assert "mine" not in (models.loadable or ())
+    now += LISTED + 1
+    assert "mine" in (models.loadable or ())
+    models.close()

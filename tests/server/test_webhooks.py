@@ -12,10 +12,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from inside import Inside
 from serving import wait_for
@@ -26,7 +28,15 @@ from safelight import SafelightError
 from safelight.server import webhooks
 from safelight.server.outbox import Notice
 from safelight.server.store import Store
-from safelight.server.webhooks import WAITS, BlockedError, Webhooks, check_url, is_public, resolve
+from safelight.server.webhooks import (
+    EACH,
+    WAITS,
+    BlockedError,
+    Webhooks,
+    check_url,
+    is_public,
+    resolve,
+)
 
 URL = "https://example.com/done"
 
@@ -48,7 +58,7 @@ class Receiver(HTTPServer):
                 self.send_header("content-length", "0")
                 self.end_headers()
 
-            def log_message(self, *_: Any) -> None: ...
+            def log_message(self, format: str, *args: Any) -> None: ...
 
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -125,6 +135,7 @@ def test_a_job_stays_until_its_webhook_was_told(store: Store) -> None:
         *("https://exämple.com/", "https://example.com/\n", "https://example.com/" + "x" * 2000),
         *("http://127.0.0.1/", "http://[::1]:80/", "http://10.1.2.3/", "http://169.254.169.254/"),
         *("http://[fe80::1]/", "http://[::ffff:127.0.0.1]/", "http://0.0.0.0/"),
+        *("http://[v1.x]/", "http://[64:ff9b:1::1]/", "http://[::127.0.0.1]/"),
     ],
 )
 def test_what_is_no_address_of_the_open_network_is_refused(url: Any) -> None:
@@ -147,6 +158,8 @@ def test_private_addresses_may_be_allowed() -> None:
         *(("224.0.0.1", False), ("255.255.255.255", False), ("::", False), ("::1", False)),
         *(("fe80::1", False), ("fc00::1", False), ("ff02::1", False), ("::ffff:10.0.0.1", False)),
         *(("64:ff9b::a00:1", False), ("2002:a00:1::", False), ("2001::1", False)),
+        *(("64:ff9b:1::a00:1", False), ("64:ff9b:1::101:101", False), ("::a00:1", False)),
+        *(("::ffff:0:a00:1", False), ("::ffff:0:101:101", True)),
     ],
 )
 def test_which_addresses_are_of_the_open_network(address: str, public: bool) -> None:
@@ -189,6 +202,44 @@ def test_a_name_is_looked_up_once_and_that_address_is_connected_to(
     _run(store, lambda: bool(receiver.got))
     assert asked.count("rebound.example") == 1
     assert receiver.got[0][0]["host"] == f"rebound.example:{receiver.server_port}"
+
+
+def test_slow_look_ups_hold_up_their_owner_and_no_other_work(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look-up goes on in its thread after it was given up; it cannot be ended."""
+    asked: list[str] = []
+    answer = threading.Event()
+
+    def looked_up(host: Any, *given: Any, **how: Any) -> Any:
+        asked.append(str(host))
+        answer.wait(60)
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+    monkeypatch.setattr(webhooks, "PATIENCE", 0.3)
+    for i in range(EACH + 1):
+        ended(store, url=f"http://{i}.example/", owner="a")
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        sender = Webhooks(store, private=True)
+        sender._client = await asyncio.to_thread(httpx2.AsyncClient)  # it takes long
+        sender.start()
+        async with asyncio.timeout(60):
+            while len(asked) < EACH or sender.sent["refused"] < EACH:
+                await asyncio.to_thread(time.sleep, 0.01)
+            for _ in range(20):  # a third one would begin now
+                sender._wake.set()
+                await asyncio.sleep(0.01)
+            assert len(asked) == EACH
+            answer.set()
+            while len(asked) <= EACH:
+                await asyncio.sleep(0.01)
+        await sender.stop()
+
+    asyncio.run(run())
 
 
 def _run(store: Store, done: Any) -> Webhooks:
@@ -336,6 +387,7 @@ def test_tries_go_by_the_database_s_clock(
     ended(store, url=receiver.url)
     monkeypatch.setattr(store, "now", lambda: 1000.0)
     _run(store, lambda: bool(receiver.got))
+    assert receiver.got[0][0]["webhook-timestamp"] == "1000"
     assert store.next_notice(1000 + 0.9 * WAITS[0] - 1, (), 2000) is None
     assert store.next_notice(1000 + 1.1 * WAITS[0] + 1, (), 2000) is not None
 

@@ -5,7 +5,7 @@ arXiv:2208.01618. A file comes from a stranger, in one of these layouts:
 - diffusers: {token: vectors}
 - A1111: {"string_to_param": {"*": vectors}, "name": …}
 - {"emb_params": vectors}
-- for SDXL, {"clip_l": vectors, "clip_g": vectors}
+- for SDXL, {"clip_l": vectors, "clip_g": vectors}, or text_encoders_0 and text_encoders_1
 - a list of {token: vectors}
 - `bundle_emb.<name>.…` in the file of a LoRA
 - a PNG whose text `sd-ti-embedding` is A1111's layout as JSON in base64
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from safelight.errors import SafelightError
-from safelight.picture import opened
+from safelight.picture import opened, reason
 from safelight.weights.check import Header, printable, refusal
 from safelight.weights.headers import plain_header_of
 from safelight.weights.kinds import PNG_TEXT
@@ -47,6 +47,7 @@ Place = Literal["clip_l", "clip_g", ""]
 """Which text encoder vectors are for; empty where a file does not say."""
 
 _PLACES: tuple[Place, ...] = ("clip_l", "clip_g")
+_NAMES = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _NAMELESS = ("*", "emb_params")
 _LISTED = re.compile(r"\d+\.")
@@ -215,8 +216,11 @@ def _understand(
         if len(keys) != 1:
             raise _refusal(file, "string_to_param must hold the vectors of one embedding")
         return _token(named), (_vectors("", keys, shapes, file),)
-    if set(keys) <= set(_PLACES):
-        return None, tuple(_vectors(p, [p], shapes, file) for p in _PLACES if p in shapes)
+    placed = {_NAMES.get(key, key): key for key in keys}
+    if placed.keys() <= set(_PLACES):
+        if len(placed) < len(keys):
+            raise _refusal(file, "vectors for one text encoder under two names")
+        return None, tuple(_vectors(p, [placed[p]], shapes, file) for p in _PLACES if p in placed)
     if all(_LISTED.match(key) for key in keys):
         widths: dict[int, list[str]] = {}
         for key in sorted(keys, key=lambda key: int(key.partition(".")[0])):
@@ -253,7 +257,11 @@ def _vectors(
 def _look_at_picture(path: Path, name: str | None) -> EmbeddingFile:
     """Return the embedding in a picture's text. Without a name it is called what the text says."""
     with _about_embeddings(), opened(path, path.name) as image:
-        text = cast("Any", image).text.get(PNG_TEXT)
+        try:
+            text = cast("Any", image).text.get(PNG_TEXT)  # reads to the end of the file
+        except Exception as error:  # decoders of broken files raise anything
+            why = f"the picture is damaged or cut off ({reason(error)})"
+            raise refusal(path.name, why) from None
     if text is None:
         raise _refusal(path.name, f"a picture without an embedding in it (text {PNG_TEXT!r})")
     try:

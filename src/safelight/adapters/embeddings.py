@@ -87,6 +87,8 @@ class EmbeddingFinder:
                 path = Path(name).expanduser()
                 if path.is_file():
                     return look_at(path)
+            except SafelightError:
+                raise
             except (OSError, RuntimeError, ValueError):
                 pass  # too long, or no home: not a path
         if self.library is None:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ MAX_NAME = 200
 
 _SETTINGS = settings_of(Request)
 _PLACE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_WHOLE = re.compile(r"\s*([+-]?[0-9]{1,19})\.0*\s*")
+"""A whole number as pandas and spreadsheets write it."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Rules:
                 raise SafelightError(f"column {shown(column)}, the row's id, is missing or empty")
             return str(number)
         # The id column may also be a setting.
-        found = values[column] if column in _SETTINGS else values.pop(column)
+        found = _plain(values[column] if column in _SETTINGS else values.pop(column))
         if isinstance(found, float) and found.is_integer():  # pandas has no missing integers
             found = int(found)
         if isinstance(found, bool) or not isinstance(found, str | int):
@@ -207,8 +210,18 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
     return _PLACE.sub(replaced, template)
 
 
+def _plain(value: Any) -> Any:
+    """Return a decimal number of Parquet as an int if it is whole, else a float; others as is."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return value
+
+
 def _value(setting: Setting, value: Any, typed: bool) -> Any:
+    value = _plain(value)
     if not typed and isinstance(value, str):
+        if setting.kind is int and (whole := _WHOLE.fullmatch(value)):
+            return int(whole[1])
         return value if setting.kind is None else setting.parse(value)
     if setting.kind is int and isinstance(value, float) and value.is_integer():
         return int(value)  # pandas makes floats of a column with missing numbers

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,14 +21,19 @@ class Lines:
     On this machine, lines are appended to it. Files elsewhere cannot be appended to, so parts of
     PART lines are written, and joined at the end.
 
-    whole: False if a line was cut off when the file was loaded; then the file must be replaced
-    before it grows.
+    ours: whether an object may be in this file. whole: False if a line was cut off when the file
+    was loaded; then the file must be replaced before it grows.
     """
 
     PART = 100
 
-    def __init__(self, storage: Storage, stem: str) -> None:
-        self._storage, self._stem = storage, stem
+    def __init__(
+        self,
+        storage: Storage,
+        stem: str,
+        ours: Callable[[dict[str, Any]], bool] = lambda record: True,
+    ) -> None:
+        self._storage, self._stem, self._ours = storage, stem, ours
         self.name = f"{stem}.jsonl"
         self.whole = True
         self._waiting: list[str] = []
@@ -97,18 +103,30 @@ class Lines:
             if self._file is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("ab", buffering=0)
-            self._file.write(data)
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                while data:  # a disk takes only a part if it is full
+                    data = data[self._file.write(data) :]
+            except OSError:
+                # The next line would be joined to half of one.
+                with contextlib.suppress(OSError):
+                    self._file.truncate(before)
+                raise
         except OSError as error:
             raise SafelightError(f"{shown(str(path))} cannot be written: {reason(error)}") from None
 
     def _parsed(self, line: bytes) -> dict[str, Any]:
         try:
             found = json.loads(line)
-            if isinstance(found, dict):
+            if isinstance(found, dict) and self._ours(found):
                 return found
         except (ValueError, RecursionError):
             pass
-        raise SafelightError(
+        raise self.foreign()
+
+    def foreign(self) -> SafelightError:
+        """Return the error that a line is not ours."""
+        return SafelightError(
             f"{self.name} in {shown(self._storage.url)} has a line that is not ours: "
             "give another --out"
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -132,12 +134,18 @@ class _Crew:
         for batch in drawn.iter_batches(batch_size=None, batch_format="pyarrow"):
             for told, pictures in zip(batch["outcome"], batch["pictures"], strict=True):
                 outcome = Outcome(**json.loads(told.as_py()), pictures=pictures.as_py())
-                if outcome.error is not None and outcome.error[0] == _FATAL:
-                    raise SafelightError(outcome.error[1])
+                code, message = outcome.error or ("", "")
+                if code == _FATAL:
+                    raise SafelightError(message)
+                if code == _FAULT:
+                    raise RuntimeError(f"a worker met a fault of Safelight\n{message}")
                 yield outcome
 
 
-_FATAL = "fatal"
+_FATAL, _FAULT = "fatal", "fault"
+"""Codes of what ends the batch: an error in one line, and a fault of the program, as a traceback.
+Ray would leave out the rows of a task that raises, as if its worker had died.
+"""
 
 
 class DrawingActor:
@@ -149,21 +157,27 @@ class DrawingActor:
 
     def __call__(self, table: Any) -> Iterator[Any]:
         """Yield the outcome of each row, with its pictures, as a table."""
+        try:
+            yield from self._outcomes(table)
+        except SafelightError as error:  # every other row would fail by it, too
+            yield as_table(Outcome("", "", error=(_FATAL, str(error))))
+        except Exception as error:
+            told = "".join(traceback.format_exception(error))
+            yield as_table(Outcome("", "", error=(_FAULT, told)))
+
+    def _outcomes(self, table: Any) -> Iterator[Any]:
         from safelight.batch.drawing import Drawer, failed
 
         rows = [Row(**json.loads(text)) for text in table["row"].to_pylist()]
-        try:
-            if self._drawer is None:
-                try:
-                    self._drawer = Drawer(self._model, self._how)
-                except SafelightError as error:
-                    if not self._spares:
-                        raise
-                    yield from (as_table(failed(row, error)) for row in rows)
-                    return
-            yield from map(as_table, self._drawer.draw(rows))
-        except SafelightError as error:  # every other row would fail by it, too
-            yield as_table(Outcome(rows[0].id, rows[0].name, error=(_FATAL, str(error))))
+        if self._drawer is None:
+            try:
+                self._drawer = Drawer(self._model, self._how, tell=sys.stderr.write)
+            except SafelightError as error:
+                if not self._spares:
+                    raise
+                yield from (as_table(failed(row, error)) for row in rows)
+                return
+        yield from map(as_table, self._drawer.draw(rows))
 
 
 def as_table(outcome: Outcome) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.batch.lines import Lines
-from safelight.batch.shards import FOLDERS, WAITING, Shards
+from safelight.batch.shards import FOLDERS, WAITING, Shards, is_of_row
 from safelight.batch.worklist import Problem, WorkList
 from safelight.errors import SafelightError
 from safelight.picture import HALF
@@ -67,7 +67,7 @@ class Output:
         shard_rows: int = 1000,
     ) -> None:
         self.storage, self._about, self._ending = storage, about, ending
-        self._index, self._errors = Lines(storage, "index"), Lines(storage, "errors")
+        self._index, self._errors = Lines(storage, "index", is_of_row), Lines(storage, "errors")
         self._shards = Shards(storage, self._index, shards, shard_rows) if shards else None
         self._mended: list[dict[str, Any]] | None = None
         self.failed = 0
@@ -102,8 +102,8 @@ class Output:
     def resume(self, work: WorkList) -> int:
         """Mark the rows of a list that are done. Returns how many rows of the index it lacks.
 
-        A row whose picture is gone is drawn again. Nothing is written before `begin`. Raises
-        SafelightError if the folder has rows of a batch with other settings.
+        A row whose picture or shard is gone is drawn again. Nothing is written before `begin`.
+        Raises SafelightError if the folder has rows of a batch with other settings.
         """
         found = self.storage.read(ABOUT)
         if found is None and self._index.name in self.storage.names():

@@ -12,6 +12,7 @@ from safelight import __version__
 from safelight.batch.arrow import arrow
 from safelight.batch.check import Rules
 from safelight.batch.output import ABOUT, Outcome, Output
+from safelight.batch.patient import Patient
 from safelight.batch.rows import read_rows
 from safelight.batch.worklist import Problem, WorkList
 from safelight.errors import SafelightError
@@ -19,6 +20,9 @@ from safelight.storage import storage_at
 
 MAX_TOLD = 10
 """The most problems that an error lists."""
+
+_NOT_TOLD = {"on_plan", "low_memory"}
+"""Keywords of `load_model` that change no picture."""
 
 Draw = Callable[[WorkList, "How", Callable[[str], object]], Generator[Outcome]]
 """Draws all rows of a list that are not done, on this machine or with Ray."""
@@ -136,7 +140,7 @@ def run(
     begin: called before the first row is drawn. on_row: called after each row. tell: called with
     messages for a person. Raises SafelightError for what stops the whole batch.
     """
-    output = _output(job)
+    output = _output(job, tell)
     with WorkList() as work:
         problems = read(job, work)
         report = Report(rows=work.count() + len(problems), problems=problems)
@@ -185,11 +189,12 @@ def draw_here(work: WorkList, how: How, tell: Callable[[str], object]) -> Genera
         del drawer  # before the next one is loaded
 
 
-def _output(job: Job) -> Output:
+def _output(job: Job, tell: Callable[[str], object] = lambda text: None) -> Output:
     if "parquet" in (job.shards, job.index):
         arrow()  # fail now if it is missing, not after the work
+    storage = storage_at(job.out)
     return Output(
-        storage_at(job.out),
+        storage if storage.local else Patient(storage, tell),
         _about(job),
         ending=job.how.ending,
         shards=job.shards,
@@ -198,13 +203,17 @@ def _output(job: Job) -> Output:
 
 
 def _about(job: Job) -> dict[str, Any]:
-    """Return what all rows of a batch have in common and their pictures depend on."""
+    """Return what all rows of a batch have in common and their pictures depend on.
+
+    A batch that ran out of memory may go on with low_memory, which changes no picture.
+    """
     how = dataclasses.asdict(job.how)
+    own = {name: how["loading"][name] for name in sorted(how["loading"].keys() - _NOT_TOLD)}
     return {
         "safelight": __version__,
         "format": how["ending"],
         "exact": how["exact"],
         "shards": job.shards,
         "shard_rows": job.shard_rows if job.shards else None,
-        **{name: value for name, value in sorted(how["loading"].items()) if name != "on_plan"},
+        **own,
     }

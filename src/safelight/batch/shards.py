@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 FOLDERS = FOLDER, WAITING = "shards", "pending"
 GROUP = 100
 """Pictures in a row group of Parquet; this many are in memory at once."""
+
+
+_SHARD = re.compile(rf"{FOLDER}/[0-9]{{1,18}}\.(tar|parquet)")
+
+
+def is_of_row(record: dict[str, Any]) -> bool:
+    """Return whether an object is what the index holds of a row."""
+    texts, files = (record.get("id"), record.get("request")), record.get("files")
+    return isinstance(files, list) and all(
+        isinstance(text, str) and text.isprintable() for text in (*texts, *files)
+    )
 
 
 class Shards:
@@ -41,11 +53,15 @@ class Shards:
         self._number = 0
 
     def load(self, records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Return the records of the index, without those of a shard that is incomplete in it.
+        """Return the records of the index, without those of a shard that is gone or incomplete.
 
         The rows that wait are all in the index or none is; otherwise a kill came in between. A row
         without all of its pictures does not wait: its files were being removed.
         """
+        if not all(_SHARD.fullmatch(str(r.get("shard"))) for r in records.values()):
+            raise self._index.foreign()
+        there = self._storage.names(FOLDER)
+        records = {i: r for i, r in records.items() if _last(r["shard"]) in there}
         names = self._storage.names(WAITING)
         waiting, used = {}, set[str]()
         for name in sorted(n for n in names if n.endswith(".json")):
@@ -60,7 +76,7 @@ class Shards:
         elif both:
             waiting, used = {}, set[str]()
         self._waiting, self._left = waiting, names - used
-        numbers = [int(r["shard"].rpartition("/")[2].partition(".")[0]) for r in records.values()]
+        numbers = [int(_last(r["shard"]).partition(".")[0]) for r in records.values()]
         self._number = max(numbers, default=-1) + 1
         return records
 
@@ -106,7 +122,19 @@ class Shards:
         self._number += 1
 
     def _read(self, name: str) -> dict[str, Any]:
-        return json.loads(self._file(name))
+        try:
+            row = json.loads(self._file(name))
+            files, recipes = row["files"], row["recipes"]
+            if is_of_row({**row["record"], "files": files}) and len(recipes) == len(files):
+                return row
+        except SafelightError:
+            raise
+        except (ValueError, RecursionError, LookupError, TypeError):
+            pass
+        raise SafelightError(
+            f"{WAITING}/{name} in {shown(self._storage.url)} is not ours: remove it, or give "
+            "another --out"
+        )
 
     def _file(self, name: str) -> bytes:
         data = self._storage.read(f"{WAITING}/{name}")
@@ -129,6 +157,10 @@ class Shards:
                     "image": self._file(file),
                     "recipe": row["recipes"][i],
                 }
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 Samples = Iterator[dict[str, Any]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import tempfile
@@ -12,7 +13,8 @@ from typing import Any, Self
 
 from safelight.batch.check import Row, Rules
 from safelight.batch.rows import Columns
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, StorageError
+from safelight.picture import reason
 from safelight.settings import shown
 
 _SCHEMA = """
@@ -41,10 +43,11 @@ class WorkList:
     """Rows in the order of drawing: by model and size, then in the file's order."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="safelight-batch-")
-        self._database = sqlite3.connect(Path(self._folder.name) / "rows.sqlite3")
-        self._database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;")
-        self._database.executescript(_SCHEMA)
+        with _disk():
+            self._folder = tempfile.TemporaryDirectory(prefix="safelight-batch-")
+            self._database = sqlite3.connect(Path(self._folder.name) / "rows.sqlite3")
+            self._database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;")
+            self._database.executescript(_SCHEMA)
 
     def __enter__(self) -> Self:
         return self
@@ -62,12 +65,15 @@ class WorkList:
         for number, columns in enumerate(rows, 1):
             try:
                 self._add(rules.row(number, columns))
+            except StorageError:
+                raise
             except SafelightError as error:
                 row_id = str(columns.values.get(rules.id_column or "id", number))[:200]
                 row_id = row_id.encode(errors="replace").decode()
                 yield Problem(columns.line, row_id, error.code, str(error))
-        self._database.execute(f"CREATE INDEX order_of_drawing ON rows (done, {_ORDER})")
-        self._database.commit()
+        self._do(f"CREATE INDEX order_of_drawing ON rows (done, {_ORDER})")
+        with _disk():
+            self._database.commit()
 
     def _add(self, row: Row) -> None:
         settings = row.settings
@@ -85,10 +91,7 @@ class WorkList:
         }
         places = ", ".join(f":{name}" for name in values)
         try:
-            self._database.execute(
-                f"INSERT INTO rows ({', '.join(values)}) VALUES ({places})",  # nosec B608
-                values,
-            )
+            self._do(f"INSERT INTO rows ({', '.join(values)}) VALUES ({places})", values)  # nosec B608
         except sqlite3.IntegrityError:
             (line, other) = self._one(
                 "SELECT line, id FROM rows WHERE folded = ?", values["folded"]
@@ -117,13 +120,13 @@ class WorkList:
                 "give another --out, or remove its picture to have it drawn anew",
                 code="changed",
             )
-        self._database.execute("UPDATE rows SET done = 1 WHERE id = ?", (row_id,))
+        self._do("UPDATE rows SET done = 1 WHERE id = ?", (row_id,))
         return True
 
     def fail(self, model: str, error: SafelightError) -> list[Problem]:
         """Remove a model's rows that are not done, and return a problem for each."""
         problems = [Problem(row.line, row.id, error.code, str(error)) for row in self.rows(model)]
-        self._database.execute("DELETE FROM rows WHERE NOT done AND model = ?", (model,))
+        self._do("DELETE FROM rows WHERE NOT done AND model = ?", (model,))
         return problems
 
     def models(self) -> list[tuple[str, int]]:
@@ -138,7 +141,7 @@ class WorkList:
 
     def rows(self, model: str, more: str = "") -> Iterator[Row]:
         """Yield a model's rows that are not done yet, in order. more: further SQL."""
-        found = self._database.execute(
+        found = self._do(
             f"SELECT {_ROW} FROM rows WHERE NOT done AND model = ? ORDER BY {_ORDER} {more}",  # nosec B608
             (model,),
         )
@@ -164,7 +167,25 @@ class WorkList:
         return [(dict(zip(names, values, strict=True)), count) for *values, count in found]
 
     def _one(self, statement: str, *values: Any) -> Any:
-        return self._database.execute(statement, values).fetchone()
+        with _disk():
+            return self._do(statement, values).fetchone()
 
     def _all(self, statement: str, *values: Any) -> list[Any]:
-        return self._database.execute(statement, values).fetchall()
+        with _disk():
+            return self._do(statement, values).fetchall()
+
+    def _do(self, statement: str, values: Any = ()) -> sqlite3.Cursor:
+        with _disk():
+            return self._database.execute(statement, values)
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
+    """Raise StorageError, one line, if the list cannot be kept."""
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        raise StorageError(
+            f"the folder for temporary files, {tempfile.gettempdir()}, cannot be used: "
+            f"{reason(error)} (TMPDIR names another)"
+        ) from None

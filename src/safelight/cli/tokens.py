@@ -40,6 +40,7 @@ def tokens(
         Option(help="A textual inversion by name or path; more than one may be given."),
     ] = None,
     models_dir: options.ModelsDir = None,
+    parts: options.Parts = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how a prompt is read.
@@ -49,11 +50,12 @@ def tokens(
     """
     from safelight.adapters.embeddings import EmbeddingFinder
     from safelight.adapters.reader import PromptReader
+    from safelight.families import FAMILIES
     from safelight.paths import expanded
     from safelight.prompt.dynamic import draw
     from safelight.prompt.show import lines
     from safelight.request import Request
-    from safelight.weights.find import find
+    from safelight.weights.find import find, parts_finder
     from safelight.weights.library import open_library
     from safelight.weights.plan import read_plan
 
@@ -65,7 +67,11 @@ def tokens(
         seed=seed,
         embeddings=embedding or (),
     )
-    plan = read_plan(find(model or "embedded", models_dir=models_dir), without=("vae",))
+    source = find(model or "embedded", models_dir=models_dir)
+    # No network reads it here. What is taken from --parts, though, brings its own tokenizer.
+    networks = {name for family in FAMILIES for name in family.parts}
+    without = networks if parts is None else ("vae",)
+    plan = read_plan(source, without=without, parts=parts_finder(parts, models_dir=models_dir))
     text = prompt
     if dynamic_prompts or wildcards is not None:
         [text] = draw([prompt], seed, None if wildcards is None else expanded(wildcards))

@@ -168,6 +168,9 @@ def prepare(
     picture draws its noise from its own CPU generator, in diffusers' order for the task. So a seed
     gives the same picture as in diffusers, and other pictures of the batch never change it. Where
     the latents cover more than the picture, its edge pixels are repeated.
+
+    A network that reads a mask draws without one as with one that is white everywhere: the same
+    draws in the same order, and the same picture.
     """
     family = model.family
     generator = torch.Generator().manual_seed(seed)
@@ -181,10 +184,23 @@ def prepare(
         samples = model.vae is None or model.vae.samples
         return draw() if samples else torch.zeros(shape, device=model.device)
 
-    if image is None:
-        return Job(table, conditioning, generator, draw() * table.noise_scale, size=size)
+    def around(kept: Tensor, painted: Tensor) -> Conditioning:
+        # kept: the pixels that are not repainted, gray elsewhere. painted: 1 where they are.
+        latents = family.encode_picture(model, kept, draw_to_encode())
+        return conditioning.with_extra(torch.cat([painted, latents], dim=1))
+
+    def around_nothing() -> Conditioning:
+        cell = family.factor(model)
+        gray = torch.zeros(1, 3, shape[2] * cell, shape[3] * cell, device=model.device)
+        return around(gray, torch.ones(1, 1, *shape[2:], device=model.device))
 
     reads_mask = family.reads_mask(model)
+    if image is None:
+        state = draw() * table.noise_scale
+        if reads_mask:
+            conditioning = around_nothing()
+        return Job(table, conditioning, generator, state, size=size)
+
     # Full strength with a mask starts from noise alone; without one, from the noised picture.
     from_noise = mask is not None and strength == 1.0
     pixels = covering(model, image)
@@ -197,17 +213,18 @@ def prepare(
     else:
         state = table.rows[0].level.mix(latents, noise)
     if mask is None:
+        if reads_mask:
+            conditioning = around_nothing()
         return Job(table, conditioning, generator, state, size=size)
 
     painted = covering(model, mask).add(1).div(2).round()
     small = F.interpolate(painted, size=shape[2:])  # nearest, as the networks were trained
-    masked_noise = draw_to_encode()  # diffusers draws it for both kinds of network
     known = None
     if reads_mask:
-        around = family.encode_picture(model, pixels * (painted < 0.5), masked_noise)
-        conditioning = conditioning.with_extra(torch.cat([small, around], dim=1))
-    elif latents is not None:
-        known = Known(latents, noise, small)
+        conditioning = around(pixels * (painted < 0.5), small)
+    else:
+        draw_to_encode()  # diffusers draws it for both kinds of network
+        known = None if latents is None else Known(latents, noise, small)
     return Job(table, conditioning, generator, state, known, image, mask, size=size)
 
 

@@ -319,8 +319,11 @@ class Family:
         width, height = (-(-side // self.factor(model)) for side in size)
         return 1, model.network.config.out_channels, height, width
 
-    def reads_mask(self, model: Model) -> bool:
-        """Return whether the network reads a mask and the picture around it as extra channels."""
+    def reads_mask(self, model: Model | Plan) -> bool:
+        """Return whether the network reads a mask and the picture around it as extra channels.
+
+        Without a mask it draws as with one that is white everywhere.
+        """
         return False
 
     def encode_picture(self, model: Model, pixels: Tensor, noise: Tensor) -> Tensor:

@@ -318,8 +318,9 @@ class LatentFamily(AutoencodedFamily):
 
     # --- pictures and latents ----------------------------------------------------------------
 
-    def reads_mask(self, model: Model) -> bool:
-        return model.network.config.in_channels > model.network.config.out_channels
+    def reads_mask(self, model: Model | Plan) -> bool:
+        config = model.configs[self.network]
+        return config.in_channels > config.out_channels
 
 
 def unet_prefix(header: Header) -> str | None:

@@ -147,6 +147,8 @@ class StableDiffusionXL(LatentFamily):
         ("tokenizer_2", "text_encoder_2"),
     )
     final_norm: ClassVar[bool] = False
+    # It was trained on many shapes of 0.9 to 1 times its own area (arXiv:2307.01952, appendix I).
+    areas: ClassVar[tuple[float, float] | None] = (0.85, 1.15)
     trainable: ClassVar[bool] = False
     refinable: ClassVar[bool] = True
     conditioned_on: ClassVar[tuple[str, ...]] = _READ

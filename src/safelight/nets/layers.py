@@ -139,9 +139,7 @@ class LayerNorm(nn.LayerNorm):
 class TimestepEmbedding(nn.Module):
     """Two linear layers from a timestep's sines to the embedding that the resnets add."""
 
-    def __init__(
-        self, in_dim: int, dim: int, cond_dim: int | None = None, *, bias: bool = True
-    ) -> None:
+    def __init__(self, in_dim: int, dim: int, cond_dim: int | None = None, bias: bool = True):
         super().__init__()
         self.linear_1 = nn.Linear(in_dim, dim, bias=bias)
         # Guidance-distilled networks (LCM) read the guidance scale here.

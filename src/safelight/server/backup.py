@@ -33,6 +33,9 @@ ABOUT = "backup.json"
 SUMS = "SHA256SUMS"
 FORMAT = 1
 
+LOST = "lost+found"
+"""A folder that new ext4 volumes have; a folder with it alone counts as empty."""
+
 KEPT = ("grids", "inside", "training")
 """Folders of the studio that are copied as they are. Thumbnails can be made again; uploads that no
 job has used, and the quarantine, are left out.
@@ -326,7 +329,7 @@ def _digest(path: Path) -> str:
 def _make_empty(place: Path, why: str) -> None:
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        empty = not any(place.iterdir())
+        empty = all(path.name == LOST for path in place.iterdir())
     except OSError as error:
         raise SafelightError(f"{place} cannot be used: {error.strerror}") from None
     if not empty:

@@ -38,6 +38,9 @@ so loading takes at most about a fifth of the time.
 SHORTEST, LONGEST = 2.0, 120.0
 """The least and the most seconds of that wait."""
 
+LISTED = 5.0
+"""Seconds for which the list of the models folder is kept: each claim asks for it."""
+
 
 @dataclass(eq=False)
 class Loaded:
@@ -96,6 +99,8 @@ class LoadedModels:
         self._estimates: dict[str, Estimate] = {}
         self._capacities: dict[str, Capacity] = {}
         self._seconds = 0.0
+        self._listed: list[str] | None = None
+        self._listed_at = 0.0
         self._loader = ThreadPoolExecutor(1, "load")
         self._loading: Loading | None = None
         self.memory = device_memory(pick_device(settings.device))
@@ -109,7 +114,11 @@ class LoadedModels:
     @property
     def loadable(self) -> list[str] | None:
         """The models that this worker can load, if other workers may have more; None for all."""
-        return list(self.served.sources()) if self._settings.elsewhere else None
+        if not self._settings.elsewhere:
+            return None
+        if self._listed is None or time.monotonic() - self._listed_at > LISTED:
+            self._listed, self._listed_at = list(self.served.sources()), time.monotonic()
+        return self._listed
 
     @property
     def loading(self) -> str | None:

@@ -18,6 +18,8 @@ import random
 import socket
 import time
 from collections import Counter
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -44,6 +46,12 @@ LOOK = 30.0
 """Seconds after which the database is searched for ended jobs that nobody reported."""
 
 MAX_URL = 2000
+
+_LOCAL_NAT64 = ipaddress.ip_network("64:ff9b:1::/48")
+"""A network's own translation to IPv4 (RFC 8215), which older Pythons count as public."""
+
+_IPV4_INSIDE = [ipaddress.ip_network(one) for one in ("64:ff9b::/96", "::ffff:0:0:0/96", "::/96")]
+"""Networks whose addresses end with an IPv4 address that they stand for."""
 
 
 class BlockedError(Exception):
@@ -74,8 +82,10 @@ def check_url(url: Any, *, private: bool) -> str:
         raise wrong("without a name and a password in it")
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # a name
-        return url
+    except ValueError:
+        if "[" in parts.netloc:
+            raise wrong("this one cannot be read") from None
+        return url  # it has a name
     if not (private or is_public(address)):
         raise wrong("addresses of private networks are not served (--webhooks-to-private)")
     return url
@@ -84,24 +94,33 @@ def check_url(url: Any, *, private: bool) -> str:
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Return whether an address is public, and the IPv4 address that it stands for, if any, too."""
     if isinstance(address, ipaddress.IPv6Address):
-        number = int(address)
+        if address in _LOCAL_NAT64:
+            return False
         inner = address.ipv4_mapped or address.sixtofour
-        if address in ipaddress.ip_network("64:ff9b::/96"):  # NAT64: stands for IPv4
-            inner = ipaddress.IPv4Address(number & 0xFFFFFFFF)
+        if any(address in network for network in _IPV4_INSIDE):
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
     return address.is_global and not address.is_multicast
 
 
-async def resolve(host: str, port: int, *, private: bool) -> list[str]:
+def look_up(host: str, port: int, threads: Executor | None = None) -> asyncio.Future[list[Any]]:
+    """Begin to look up a host's addresses in a thread, which nothing can end."""
+    call = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    return asyncio.get_running_loop().run_in_executor(threads, call)
+
+
+async def resolve(
+    host: str, port: int, *, private: bool, found: asyncio.Future[list[Any]] | None = None
+) -> list[str]:
     """Return the addresses of a host. Raises BlockedError if one of them is not allowed.
 
-    The caller connects to one of these checked addresses: a second look-up of the name could lead
-    elsewhere (DNS rebinding).
+    found: its look-up, if it was begun; it goes on if the caller is cancelled. The caller connects
+    to one of these checked addresses: a second look-up of the name could lead elsewhere (DNS
+    rebinding).
     """
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in found))
+    entries = await asyncio.shield(found or look_up(host, port))
+    addresses = list(dict.fromkeys(str(entry[4][0]).partition("%")[0] for entry in entries))
     if not private and not all(is_public(ipaddress.ip_address(one)) for one in addresses):
         raise BlockedError
     return addresses
@@ -145,6 +164,8 @@ class Webhooks:
         self._ended: set[str] = set()
         self._wake = asyncio.Event()
         self._sending: dict[asyncio.Task[None], str] = {}
+        # A slow look-up must not take a thread of the server's, which are few.
+        self._threads = ThreadPoolExecutor(MOST, "names")
         self._client: httpx2.AsyncClient | None = None
         self._task: asyncio.Task[None] | None = None
         self.sent: Counter[str] = Counter()
@@ -159,6 +180,7 @@ class Webhooks:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         if self._client is not None:
             await self._client.aclose()
 
@@ -209,7 +231,18 @@ class Webhooks:
         self._wake.set()
 
     async def _send(self, notice: Notice) -> None:
-        status = await self._status(notice)
+        looks: list[asyncio.Future[Any]] = []
+        try:
+            await self._try(notice, looks)
+            if looks:  # a slow look-up keeps its thread, and so its owner's place
+                await asyncio.wait(looks)
+        finally:
+            for look in looks:
+                look.cancel()
+
+    async def _try(self, notice: Notice, looks: list[asyncio.Future[Any]]) -> None:
+        """Send a webhook and store the result. looks: gets the look-up of its name."""
+        status = await self._status(notice, looks)
         over = notice.tries > len(WAITS)
         taken = status.isdigit() and 200 <= int(status) < 300
         self.sent["taken" if taken else "refused"] += 1
@@ -228,11 +261,11 @@ class Webhooks:
             due = None if wait is None else now + wait
             await asyncio.to_thread(self._outbox.noticed, notice, now, due)
 
-    async def _status(self, notice: Notice) -> str:
+    async def _status(self, notice: Notice, looks: list[asyncio.Future[Any]]) -> str:
         """Send a webhook; return the status of the answer, or what prevented one."""
         try:
             async with asyncio.timeout(PATIENCE):
-                return str(await self._post(notice))
+                return str(await self._post(notice, looks))
         except BlockedError:
             return "blocked"
         except TimeoutError:
@@ -242,7 +275,7 @@ class Webhooks:
         except Exception as error:  # of the look-up, the connection, TLS or the answer
             return type(error).__name__
 
-    async def _post(self, notice: Notice) -> int:
+    async def _post(self, notice: Notice, looks: list[asyncio.Future[Any]]) -> int:
         import httpx2
 
         if self._client is None:
@@ -259,10 +292,12 @@ class Webhooks:
         url = httpx2.URL(check_url(notice.url, private=self.private))
         host = url.raw_host.decode("ascii").strip("[]")
         port = url.port or {"http": 80, "https": 443}[url.scheme]
-        addresses = await resolve(host, port, private=self.private)
+        looks.append(look_up(host, port, self._threads))
+        addresses = await resolve(host, port, private=self.private, found=looks[0])
         body = body_of(notice.job)
         headers = {"host": url.netloc.decode("ascii"), "connection": "close"}
-        headers |= signed(notice.job, body, secret, time.time())
+        now = await asyncio.to_thread(self._outbox.now)  # this machine's clock may be wrong
+        headers |= signed(notice.job, body, secret, now)
         address = addresses[(notice.tries - 1) % len(addresses)]  # another address at the next try
         # The certificate must be valid for the name, not for the address.
         request = self._client.build_request(

@@ -107,13 +107,11 @@ def encode(vae: AutoencoderKL | AutoencoderTiny, pictures: NDArray[np.uint8] | T
 
     pictures: uint8 [n, size, size, 3]. They are encoded part by part, on the GPU if there is one.
     """
-    pictures, device = torch.as_tensor(pictures), accelerator().device
-    vae.to(device)
+    pictures = torch.as_tensor(pictures)
+    vae.to(accelerator().device)
     parts, done, told = [], 0, time.monotonic()
-    for part in pictures.split(max(1, AT_ONCE // pictures[0, ..., 0].numel())):
-        with autocast(device):
-            mean = vae.encode(to_pixels(part.to(device)))[0]
-        parts.append(vae.config.scale(mean.float()).half().cpu())
+    for part in pictures.split(_at_once(pictures)):
+        parts.append(vae.config.scale(_means(vae, part)).half().cpu())
         done += len(part)
         if time.monotonic() - told > TOLD_EVERY:
             told = time.monotonic()
@@ -124,8 +122,26 @@ def encode(vae: AutoencoderKL | AutoencoderTiny, pictures: NDArray[np.uint8] | T
 
 @torch.inference_mode()
 def latent_spread(vae: AutoencoderKL, scenes: Pictures, draw: Draw, count: int = 1024) -> float:
-    """Return the standard deviation of the latents of `count` scenes: 1 / scaling_factor."""
-    pictures, device = torch.as_tensor(scenes.batch(count, draw.data)[0]), accelerator().device
-    vae.to(device)
-    parts = [vae.encode(to_pixels(part.to(device)))[0] for part in pictures.split(64)]
+    """Return the standard deviation of the latents of `count` scenes: 1 / scaling_factor.
+
+    Scenes are drawn and encoded part by part, as `encode` does.
+    """
+    vae.to(accelerator().device)
+    parts, n = list[Tensor](), 1  # the first one shows how large they are
+    while count:
+        part = torch.as_tensor(scenes.batch(min(n, count), draw.data)[0])
+        parts.append(_means(vae, part))
+        n, count = _at_once(part), count - len(part)
     return float(torch.cat(parts).std())
+
+
+def _at_once(pictures: Tensor) -> int:
+    """Return how many pictures of this size are encoded in one call."""
+    return max(1, AT_ONCE // pictures[0, ..., 0].numel())
+
+
+def _means(vae: AutoencoderKL | AutoencoderTiny, pictures: Tensor) -> Tensor:
+    """Return the means of the posteriors, float32, on the device."""
+    device = accelerator().device
+    with autocast(device):
+        return vae.encode(to_pixels(pictures.to(device)))[0].float()

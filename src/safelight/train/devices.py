@@ -14,6 +14,7 @@ from torch import nn
 
 from safelight.engine.capacity import out_of_memory
 from safelight.errors import SafelightError
+from safelight.machine import has_bfloat16
 
 
 @cache
@@ -45,8 +46,12 @@ def memory_told() -> Iterator[None]:
 
 def autocast(device: torch.device | str = "cpu") -> torch.autocast:
     """Return a context: products are bfloat16 if the device has it natively, else float32."""
-    kind = torch.device(device).type
-    fast = kind == "cuda" or (kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    device = torch.device(device)
+    kind = device.type
+    # An older GPU takes bfloat16, too, and emulates it slowly.
+    fast = (kind == "cuda" and has_bfloat16(device)) or (
+        kind == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=fast)
 
 

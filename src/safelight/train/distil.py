@@ -32,11 +32,11 @@ from safelight.train.denoiser import wanted
 from safelight.train.devices import accelerator, autocast, memory_told
 from safelight.train.export import export_text_to_image, replacing, writing
 from safelight.train.finetune import bring_along, check_trainable, own_memory, tell
-from safelight.train.folder import digest
+from safelight.train.folder import check_prompt, digest
 from safelight.train.loop import Draw, check_plan, fit, progress
-from safelight.train.out import save_whole
+from safelight.train.out import is_kept, save_whole
 from safelight.train.plan import Plan
-from safelight.train.sheet import draw_sheet, under
+from safelight.train.sheet import draw_sheet, is_sheet, under
 from safelight.train.tokens import token_ids
 from safelight.weights import load_model
 
@@ -110,7 +110,7 @@ def distil(
     shown = captions[:SHEET_PROMPTS]
     made = out / "model"
     # Without a checkpoint, a sheet may be of another teacher.
-    begun = (out / "teacher.png").exists() and (out / "checkpoint.pt").exists()
+    begun = is_sheet(out / "teacher.png") and (out / "checkpoint.pt").exists()
     if machine.is_main_process and not begun:
         with writing(made):
             draw_sheet(model, out / "teacher.png", shown, guidance_scale=guidance_scale)
@@ -172,17 +172,22 @@ def distil(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty."""
+    """Return the lines of a text file that are not empty.
+
+    Raises SafelightError with the line's number if one cannot be a prompt.
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise SafelightError(f"{path} cannot be read: {reason(error)}") from None
     except UnicodeDecodeError:
         raise SafelightError(f"{path} is no UTF-8 text: expected one prompt a line") from None
-    found = [line.strip() for line in lines if line.strip()]
+    found = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise SafelightError(f"{path} has no prompts: expected one a line")
-    return found
+    for number, line in found:
+        check_prompt(line, f"{path}, line {number},")
+    return [line for _, line in found]
 
 
 def trajectories(
@@ -207,8 +212,8 @@ def trajectories(
         path = folder / f"{plan.recipe[:12]}-{plan.seed}-{first:08}.pt"
         mine = len(paths) % machine.num_processes == machine.process_index
         paths.append(path)
-        if mine and not path.exists():
-            part = captions[first : first + BATCH]
+        part = captions[first : first + BATCH]
+        if mine and not is_kept(path, len(part), progress):
             states = _draw(teacher, walk, part, guidance, plan.seed + first)
             save_whole(path, states, "what the teacher drew", "the parts before it are kept")
             progress(f"the teacher drew {first + len(part)}/{len(captions)}")

@@ -24,12 +24,13 @@ from safelight.train.devices import Net, accelerator, memory_told
 from safelight.train.export import export_text_to_image, replacing, writing
 from safelight.train.folder import Pixels, captioned, check_apart, digest, read
 from safelight.train.loop import check_plan, progress
-from safelight.train.out import save_whole
+from safelight.train.out import is_kept, save_whole
 from safelight.train.plan import Plan
-from safelight.train.sheet import draw_sheet, under
+from safelight.train.sheet import draw_sheet, is_sheet, under
 from safelight.train.tokens import token_ids
 from safelight.weights import load_model
-from safelight.weights.find import PREVIEWS
+from safelight.weights.find import PREVIEWS, Source
+from safelight.weights.plan import read_plan
 from safelight.words import words_in
 
 CHECKPOINT_EVERY = 100
@@ -75,14 +76,16 @@ def finetune(
     prompts = list(dict.fromkeys(captions))[:SHEET_PROMPTS]
     chief = accelerator().is_main_process
     # Without a checkpoint, a sheet may be of another model that was to be trained here.
-    if chief and not ((out / "before.png").exists() and (out / "checkpoint.pt").exists()):
+    if chief and not (is_sheet(out / "before.png") and (out / "checkpoint.pt").exists()):
         with writing(made):
             draw_sheet(model, out / "before.png", prompts)
 
     latents = _latents(vae, squares, out / f"latents-{plan.recipe[:12]}.pt")
+    del squares  # their memory is needed now
     ids = token_ids(tokenizer, captions)
     empty = torch.tensor(tokenizer.encode("").ids, dtype=torch.int32)
     net = _trainable(base)
+    scheduler = _scheduler(base)
     notes = _notes(base, captions)
 
     def show(trained: Any, step: int) -> Image.Image:
@@ -91,7 +94,7 @@ def finetune(
             with replacing(made) as new:
                 tokenizer.save(new / "tokenizer")
                 bring_along(base, new)
-                export_text_to_image(new, *parts, base.scheduler.to_dict(), notes)
+                export_text_to_image(new, *parts, scheduler, notes)
             return draw_sheet(made, out / f"step-{step:06}.png", prompts)
 
     train_text_to_image(
@@ -162,7 +165,7 @@ def tell(base: Model, *nets: Any) -> None:
 def _latents(vae: AutoencoderKL | AutoencoderTiny, squares: Pixels, path: Path) -> Tensor:
     """Return the latents of pictures, which the first process makes and keeps in a file."""
     machine = accelerator()
-    if machine.is_main_process and not path.exists():
+    if machine.is_main_process and not is_kept(path, len(squares), progress):
         save_whole(path, encode(vae, squares), "the latents of the pictures", "nothing is lost")
     machine.wait_for_everyone()
     return torch.load(path, weights_only=True)
@@ -183,6 +186,16 @@ def own_memory(net: Net) -> Net:
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(parameter.detach().clone()))
     return net
+
+
+def _scheduler(base: Model) -> dict[str, Any]:
+    """Return the scheduler's config as it is written in the model's files.
+
+    Another program samples by all of it: by its class, and by settings that we do not know.
+    """
+    found = read_plan(Source(base.name, Path(base.path))).raw["scheduler"]
+    told = {"prediction_type": base.scheduler.prediction_type}
+    return {"_class_name": "DDIMScheduler", **found, **told}
 
 
 def _notes(base: Model, captions: list[str]) -> dict[str, Any]:

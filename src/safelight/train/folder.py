@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
+from safelight.request import Request
+from safelight.train.loop import progress
 from safelight.weights.check import printable, read_bytes
 
 Pixels = NDArray[np.uint8]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp")
 METADATA = "metadata.jsonl"
+COMPANIONS = (".txt", ".jsonl", ".json", ".md")
+"""Endings of files beside the pictures that are left out without a word."""
 MAX_CAPTION = 2**16
 """Bytes of one caption in a file of its own. A prompt has 16 KiB at most."""
 MAX_LINE = 2**17
@@ -38,29 +43,49 @@ def captioned(folder: Path) -> list[Example]:
     """Return the pictures of a folder and its subfolders with their captions, sorted by path.
 
     The caption of cat.png is the text of cat.txt beside it, or a line of metadata.jsonl,
-    {"file_name": "cat.png", "text": "a cat"}, as in Hugging Face's image folders. Raises
-    SafelightError if there are no pictures, or if pictures or captions are missing.
+    {"file_name": "cat.png", "text": "a cat"}, as in Hugging Face's image folders: in the folder or
+    in a subfolder, where names are relative to it. Raises SafelightError if there are no pictures,
+    if pictures or captions are missing, or if a caption cannot be a prompt.
     """
     paths = pictures(folder)
     listed = _metadata(folder)
     examples, silent = [], []
     for path in paths:
-        beside = path.with_suffix(".txt")
-        caption = listed.get(path.relative_to(folder).as_posix())
+        name, beside = path.relative_to(folder).as_posix(), path.with_suffix(".txt")
+        caption = listed.get(name)
         if caption is None and beside.is_file():
             caption = _text(beside, MAX_CAPTION)
         if not (caption or "").strip():
             silent.append(path.name)
-        examples.append(Example(path, " ".join((caption or "").split())))
+        caption = " ".join((caption or "").split())
+        check_prompt(caption, f"the caption of {printable(name, 200)}")
+        examples.append(Example(path, caption))
     if silent:
         raise SafelightError(
             f"{len(silent)} of {len(paths)} pictures have no caption ({_some(silent)}): write it "
             f"into a .txt of the picture's name, or a line of {METADATA}"
         )
     missing = sorted(listed.keys() - {p.relative_to(folder).as_posix() for p in paths})
+    other = [name for name in missing if (folder / name).exists()]
+    if other:
+        raise SafelightError(
+            f"{METADATA} names files that are not read: {_some(other)}; PNG, JPEG and WebP are, "
+            "unless they are hidden"
+        )
     if missing:
         raise SafelightError(f"{METADATA} names pictures that are not there: {_some(missing)}")
     return examples
+
+
+def check_prompt(text: str, what: str) -> None:
+    """Raise SafelightError that names `what` unless a text can be a prompt.
+
+    Samples are drawn by it, perhaps hours after the start.
+    """
+    try:
+        Request(prompt=text)
+    except SafelightError as error:
+        raise SafelightError(f"{what} cannot be used: {error}") from None
 
 
 def check_apart(folder: Path, out: Path) -> None:
@@ -73,14 +98,20 @@ def check_apart(folder: Path, out: Path) -> None:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """Return all pictures of a folder and its subfolders. Raises SafelightError if it has none."""
+    """Return all pictures of a folder and its subfolders, without hidden ones.
+
+    Says which files of other kinds are left out. Raises SafelightError if there is no picture.
+    """
     if not folder.is_dir():
         raise SafelightError(f"{folder} is not a folder")
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+    found, other = [], []
+    for path in _visible(folder, "*"):
+        if path.suffix.lower() in SUFFIXES:
+            found.append(path)
+        elif path.suffix.lower() not in COMPANIONS:
+            other.append(path.relative_to(folder).as_posix())
+    if other:
+        progress(f"left out, because they are not PNG, JPEG or WebP: {_some(other)}")
     if not found:
         raise SafelightError(f"there is no picture in {folder}: PNG, JPEG and WebP are read")
     return found
@@ -91,27 +122,28 @@ def read(paths: Sequence[Path], size: int) -> Pixels:
 
     Raises SafelightError that names those that cannot be read.
     """
-    squares, bad = [], []
-    for path in paths:
+    squares, bad = np.empty((len(paths), size, size, 3), np.uint8), []
+    for i, path in enumerate(paths):
         try:
             image = open_picture(path)
         except SafelightError as error:
             bad.append(str(error))
             continue
-        square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        squares.append(np.asarray(square))
+        squares[i] = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
     if bad:
         raise SafelightError(
             f"{len(bad)} of {len(paths)} pictures cannot be read: {_some(bad, 2)}; "
             "repair them or take them out"
         )
-    return np.stack(squares)
+    return squares
 
 
 def digest(squares: Pixels, captions: Sequence[str]) -> str:
     """Return the SHA-256 of what is learned from."""
-    words = json.dumps([list(captions), squares.shape]).encode()
-    return hashlib.sha256(words + np.ascontiguousarray(squares).tobytes()).hexdigest()
+    found = hashlib.sha256(json.dumps([list(captions), squares.shape]).encode())
+    # Its own memory is read: bytes of it would be a copy.
+    found.update(np.ascontiguousarray(squares).reshape(-1).data)
+    return found.hexdigest()
 
 
 def digits(size: int) -> Pixels:
@@ -131,11 +163,30 @@ def digits(size: int) -> Pixels:
     )
 
 
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of a folder and its subfolders, sorted, without hidden files and folders."""
+    return sorted(
+        path
+        for path in folder.rglob(pattern)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+    )
+
+
 def _metadata(folder: Path) -> dict[str, str]:
-    path = folder / METADATA
-    if not path.is_file():
-        return {}
+    """Return the captions in all metadata.jsonl of a folder, by names relative to the folder."""
     listed: dict[str, str] = {}
+    # Deeper ones come last: of two captions the nearer file's counts.
+    for path in sorted(_visible(folder, METADATA), key=lambda path: len(path.parts)):
+        where = path.relative_to(folder)
+        for name, text in _rows(path, where.as_posix()):
+            inside = os.path.normpath(where.parent / name)  # "./a.png" is a.png
+            listed[Path(inside).as_posix()] = text
+    return listed
+
+
+def _rows(path: Path, told: str) -> Iterator[tuple[str, str]]:
+    """Yield names and captions of one metadata.jsonl. told: what to call it in errors."""
     # Split at newlines alone: JSON may hold other characters at which splitlines() splits.
     for number, line in enumerate(_text(path, MAX_METADATA).split("\n"), 1):
         if not line.strip():
@@ -150,10 +201,10 @@ def _metadata(folder: Path) -> dict[str, str]:
             name = text = None
         if not (isinstance(name, str) and isinstance(text, str)):
             raise SafelightError(
-                f'{METADATA}, line {number}: expected {{"file_name": "cat.png", "text": "a cat"}}'
+                f'{printable(told, 200)}, line {number}: expected {{"file_name": "cat.png", '
+                '"text": "a cat"}'
             )
-        listed[name] = text
-    return listed
+        yield name, text
 
 
 def _text(path: Path, limit: int) -> str:

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from safelight.errors import SafelightError
 from safelight.interrupt import ctrl_c_waits
 from safelight.picture import reason
+from safelight.train.board import Board
 from safelight.train.devices import accelerator, check_compiler, compiled, memory_told
+from safelight.train.export import writing
 from safelight.train.graphs import Steps
 from safelight.train.losses import Losses
 from safelight.train.out import hold, make_folder, save_whole
@@ -123,7 +125,7 @@ def fit(
     Every `every` steps, and at Ctrl-C, the state goes to folder/checkpoint.pt, by a rename; loss,
     learning rate and what on_checkpoint drew go to folder/tensorboard. With `native` the network
     is compiled first. Raises SafelightError when the folder holds the checkpoint of another plan,
-    when the loss is not finite for LOOKS steps in a row, or when a checkpoint cannot be written.
+    when the loss is not finite for LOOKS steps in a row, or when a file cannot be written.
     """
     make_folder(folder)
     machine = accelerator()
@@ -156,7 +158,7 @@ def fit(
         _copy(average, params)
         return
     chief = machine.is_main_process
-    board = _board(folder, start) if chief else None
+    board = Board(folder / "tensorboard", start) if chief else None
     began, saved, marked = time.monotonic(), start, 0.0
     # Steps for one figure of the loss. A short training also has twenty figures.
     window = 100 if plan.seconds is not None else min(100, max(1, plan.steps // 20))
@@ -164,7 +166,6 @@ def fit(
     def save(step: int) -> None:
         nonlocal saved
         if board is not None and step > saved:
-            board.flush()
             state = {
                 "plan": json.dumps(asdict(plan)),
                 "step": step,
@@ -225,17 +226,18 @@ def fit(
                 else:
                     plan = _agreed(_paced(plan, step, began, marked))
                     if chief:
-                        pace_path.write_text(str(plan.steps))
+                        with writing(pace_path):
+                            pace_path.write_text(str(plan.steps))
             if board is not None and (step % window == 0 or step == plan.steps):
                 pace = (time.monotonic() - began) / (step - start)
-                losses.report(plan, step, pace, log, board)
+                losses.report(plan, step, pace, log, board, machine.num_processes)
             if step % every == 0 or step == plan.steps:
                 save(step)
                 if board is not None and on_checkpoint is not None:
                     with _averaged(params, average):
                         sheet = on_checkpoint(net, step)
                     if sheet is not None:
-                        board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+                        board.add_image("samples", sheet, step)
     except KeyboardInterrupt:
         with ctrl_c_waits():  # in the studio the server's end is a second one
             save(step)
@@ -274,13 +276,6 @@ def _agreed(plan: Plan) -> Plan:
 
     [first] = broadcast_object_list([plan])
     return first
-
-
-def _board(folder: Path, start: int) -> Any:
-    """Return TensorBoard's writer, which hides what an earlier run wrote after step `start`."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
 
 @contextmanager

@@ -49,15 +49,24 @@ class Losses:
         float(self._total)
 
     def report(
-        self, plan: Plan, step: int, pace: float, log: Callable[[str], None], board: Any
+        self,
+        plan: Plan,
+        step: int,
+        pace: float,
+        log: Callable[[str], None],
+        board: Any,
+        processes: int = 1,
     ) -> None:
-        """Log a line, also to TensorBoard, and begin the next one. pace: seconds per step."""
+        """Log a line, also to TensorBoard, and begin the next one.
+
+        pace: seconds per step. processes: how many take a batch each step.
+        """
         left = pace * (plan.steps - step) / 60
         steps, finite, total = self.state
         mean = total / max(1, finite)
         log(
             f"step {step}/{plan.steps}  loss {mean:.4f}  "
-            f"{plan.batch / pace:.0f} samples/s  {left:.1f} min left"
+            f"{processes * plan.batch / pace:.0f} samples/s  {left:.1f} min left"
             + (f"  {steps - finite} steps left out: not finite" if finite < steps else "")
         )
         board.add_scalar("loss", mean, step)

@@ -83,7 +83,8 @@ def text_to_image(
         seed=plan.seed,
         recipe=recipe,
     )
-    for stage, its in ((out / "autoencoder", first), (out / "words", second), (out, plan)):
+    # `out` comes first: in another training's folder nothing is made.
+    for stage, its in ((out, plan), (out / "autoencoder", first), (out / "words", second)):
         check_plan(stage, its, native=native)
     made = out / "model"
     tokenizer = train_vocabulary(
@@ -93,6 +94,7 @@ def text_to_image(
     spread = latent_spread(vae, album, Draw.of(plan.seed, 0))
     vae.config = replace(vae.config, scaling_factor=round(1 / spread, 5))
     latents = encode(vae, squares)
+    del squares, album  # their memory is needed now
     ids = token_ids(tokenizer, captions)
 
     torch.manual_seed(plan.seed)

@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-
-
-def sheets(
-    model: Path, export: Callable[[Any], None], every: int, prompts: Sequence[str] = ()
-) -> Callable[[Any, int], Image.Image | None]:
-    """Return what `loop.fit` calls at a checkpoint: it writes the model's folder.
-
-    Every `every` steps it also draws a sheet with the model, and writes it beside the folder.
-    """
-
-    def show(net: Any, step: int) -> Image.Image | None:
-        export(net)
-        if step % every:
-            return None
-        return draw_sheet(model, model.parent / f"{model.name}-{step:06}.png", prompts)
-
-    return show
 
 
 def draw_sheet(
@@ -32,21 +15,33 @@ def draw_sheet(
     """Return a sheet of pictures that a model draws, and save it.
 
     model: a name or a folder. The sheet has one picture for each prompt, or twelve if the model
-    reads no prompt. other: settings of `Model.generate` in place of ours.
+    reads no prompt. other: settings of `Model.generate` in place of those that the model draws best
+    with, or of ours if it does not say.
     """
     from safelight.weights import load_model
 
     loaded = load_model(str(model))
     settings: dict[str, Any] = {"steps": 20, "seed": 1}
     if loaded.uses_prompt:
-        settings |= {"sampler": "dpmpp_2m", "guidance_scale": 4.0} | other
+        settings |= {"sampler": "dpmpp_2m", "guidance_scale": 4.0} | loaded.defaults | other
         pictures = [loaded.generate(text, **settings).images[0] for text in prompts]
     else:
-        settings |= {"sampler": "ddim", "count": 12, "unconditional": True} | other
+        settings |= {"sampler": "ddim", "count": 12, "unconditional": True}
+        settings |= loaded.defaults | other
         pictures = loaded.generate(**settings).images
     sheet = grid(pictures, 6)
     sheet.save(path)
     return sheet
+
+
+def is_sheet(path: Path) -> bool:
+    """Return whether a file is a whole picture."""
+    try:
+        with Image.open(path) as saved:
+            saved.load()
+    except Exception:  # decoders of broken files raise anything
+        return False
+    return True
 
 
 def under(first: Path, second: Image.Image) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -34,7 +34,8 @@ class Budget:
     """Memory in bytes. weights: those that stay in memory. work: the program and drawing a picture.
 
     free, total: this machine's memory that is free now, and all of it; 0 if the system does not
-    tell. codes: whether weights that are stored in few bits stay so.
+    tell. codes: whether weights that are stored in few bits stay so. beside: the weights of a
+    refiner that stay in memory as well.
     """
 
     weights: int
@@ -42,18 +43,29 @@ class Budget:
     free: int
     total: int
     codes: bool = False
+    beside: int = 0
 
     @property
     def needed(self) -> int:
-        return self.weights + self.work
+        return self.weights + self.beside + self.work
 
     def __str__(self) -> str:
         of = f", of {_gb(self.free)} that are free" if self.free else ""
         how = ", decoded at each step" if self.codes else ""
         return (
-            f"memory: {_gb(self.weights)} of weights{how} and {_gb(self.work)} at work, "
+            f"memory: {_gb(self.weights + self.beside)} of weights{how} and {_gb(self.work)} at "
+            "work, "
             f"{_gb(self.needed)} in all{of}"
         )
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A refiner, which is in memory at the same time. dtypes, codes: see `budget`."""
+
+    plan: Plan
+    dtypes: Mapping[str, torch.dtype]
+    codes: Mapping[str, Set[str]]
 
 
 def budget(
@@ -63,20 +75,29 @@ def budget(
     fast: bool,
     low_memory: bool,
     codes: Mapping[str, Set[str]] | None = None,
+    beside: Beside | None = None,
 ) -> Budget:
     """Return what a model takes while it draws a picture of its own size.
 
     dtypes: of its networks. fast: whether they get the fast layers, which leave text encoders in
     files, and with low_memory all large weights. codes: names of weights that can stay as codes, by
     network. They do with low_memory, and where the model would not fit into free memory otherwise;
-    fast layers only can.
+    fast layers only can. beside: its refiner, if it has one.
     """
-    codes = codes if codes and fast else {}
-    found = _budget(plan, dtypes, fast, low_memory, codes, kept=False)
+
+    def both(kept: bool) -> Budget:
+        codes_of = codes if codes and fast else {}
+        found = _budget(plan, dtypes, fast, low_memory, codes_of, kept=kept)
+        if beside is None:
+            return found
+        theirs = beside.codes if fast else {}
+        other = _budget(beside.plan, beside.dtypes, fast, low_memory, theirs, kept=kept)
+        # They draw one after the other.
+        return replace(found, beside=other.weights, work=max(found.work, other.work))
+
+    found = both(kept=False)
     free = found.free or found.total or math.inf
-    if low_memory or found.needed > free:
-        return _budget(plan, dtypes, fast, low_memory, codes, kept=True)
-    return found
+    return both(kept=True) if low_memory or found.needed > free else found
 
 
 def _budget(
@@ -133,20 +154,27 @@ def check_memory(
     fast: bool,
     low: bool,
     codes: Mapping[str, Set[str]] | None = None,
+    beside: Beside | None = None,
 ) -> Budget:
-    """Return the budget. Raises SafelightError if the memory is too small, with what would help."""
-    found = budget(plan, dtypes, fast=fast, low_memory=low, codes=codes)
+    """Return what `budget` does.
+
+    Raises SafelightError if the memory is too small, with what would help.
+    """
+    found = budget(plan, dtypes, fast=fast, low_memory=low, codes=codes, beside=beside)
     if not found.total or found.needed <= found.total:
         return found
-    half = dict.fromkeys(dtypes, torch.bfloat16)
 
-    def other(dtypes: Mapping[str, torch.dtype], fast: bool, low_memory: bool) -> Budget:
-        return budget(plan, dtypes, fast=fast, low_memory=low_memory, codes=codes)
+    def other(half: bool, fast: bool, low_memory: bool) -> Budget:
+        mine = dict.fromkeys(dtypes, torch.bfloat16) if half else dtypes
+        theirs = beside
+        if beside is not None and half:
+            theirs = replace(beside, dtypes=dict.fromkeys(beside.dtypes, torch.bfloat16))
+        return budget(plan, mine, fast=fast, low_memory=low_memory, codes=codes, beside=theirs)
 
     ways = {
-        "low_memory": other(dtypes, fast, True),
-        "dtype bfloat16": other(half, True, low),
-        "low_memory and dtype bfloat16": other(half, True, True),
+        "low_memory": other(False, fast, True),
+        "dtype bfloat16": other(True, True, low),
+        "low_memory and dtype bfloat16": other(True, True, True),
     }
     fits = [way for way, one in ways.items() if one.needed <= found.total]
     raise _too_large(plan, found, fits)
@@ -154,9 +182,11 @@ def check_memory(
 
 def _too_large(plan: Plan, found: Budget, fits: list[str]) -> SafelightError:
     way = f"try {fits[0]}" if fits else "no setting makes it fit"
+    refiner = "with its refiner " if found.beside else ""
+    weights = found.weights + found.beside
     return refusal(
         plan.source.name,
-        f"takes {_gb(found.needed)} ({_gb(found.weights)} of weights), and this machine has "
+        f"{refiner}takes {_gb(found.needed)} ({_gb(weights)} of weights), and this machine has "
         f"{_gb(found.total)}: {way}",
     )
 

@@ -55,10 +55,7 @@ def files_of(
             stem = family.parts[part].stem
             if family.flat:  # the weights may lie elsewhere than the config, as when read
                 here = [n for n in names if _lies_in(f"{part}/", n) or _lies_in("", n)]
-            weights = choose_weights(part, here, where, stem)
-            files.add(weights)
-            if ".index." in weights:
-                files |= {n for n in here if _shards_of_index(weights).fullmatch(n)}
+            files |= _with_shards(choose_weights(part, here, where, stem), here)
     return sorted(files)
 
 
@@ -97,6 +94,13 @@ def lent(family: Family, index: Mapping[str, Any], lacking: Collection[str]) -> 
     return [name for name in names if name in wanted and not family.lacks(index, name)]
 
 
+def _with_shards(weights: str, names: Collection[str]) -> set[str]:
+    """Return a file of weights and, if it is an index, those of `names` that are its shards."""
+    if ".index." not in weights:
+        return {weights}
+    return {weights, *filter(_shards_of_index(weights).fullmatch, names)}
+
+
 def _shards_of_index(index: str) -> re.Pattern[str]:
     """Return what the shards are called that an index lists, by its name.
 
@@ -123,7 +127,12 @@ def _network_files(
     part: str, stem: str = DIFFUSION
 ) -> Callable[[Mapping[str, Any], Collection[str], str], list[str]]:
     """Return what tells which of a repository's files one network is read from."""
-    return lambda index, names, where: ["config.json", choose_weights(part, names, where, stem)]
+
+    def files(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
+        weights = choose_weights(part, names, where, stem)
+        return sorted({"config.json", *_with_shards(weights, names)})
+
+    return files
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class Library:
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Return what is there, of one kind or of all, in the order of kinds and names."""
-        found, _ = self._scan()
+        found, _ = self._scan(kind)
         return sorted(
             (entry for entry in found if kind in (None, entry.kind)),
             key=lambda entry: ([*SUBFOLDERS].index(entry.kind), entry.name.casefold(), entry.path),
@@ -164,8 +164,11 @@ class Library:
     def _inside(self, entry: Entry) -> str:
         return entry.path.relative_to(self.root).as_posix()
 
-    def _scan(self) -> tuple[list[Entry], list[Path]]:
-        """Return all entries, and the links to folders, which are not followed."""
+    def _scan(self, only: str | None = None) -> tuple[list[Entry], list[Path]]:
+        """Return all entries, and the links to folders, which are not followed.
+
+        only: a kind; the folders of others are left out, which may hold thousands of files.
+        """
         found: list[Entry] = []
         links: list[Path] = []
         homes = {name: kind for kind, names in SUBFOLDERS.items() for name in names}
@@ -173,6 +176,8 @@ class Library:
             for path in _members(base):
                 kind = homes.get(path.name.casefold())
                 if kind is not None and path.is_dir():
+                    if only not in (None, kind):
+                        continue
                     if path.is_symlink():
                         links.append(path)
                     else:

@@ -28,7 +28,7 @@ from safelight.prompt.styles import read_styles
 from safelight.prompt.tokenizer import Tokenizer
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import TOLD_FROM, check_memory, coded
-from safelight.weights.check import Header, printable, refusal
+from safelight.weights.check import Header, refusal
 from safelight.weights.controlnets import with_controlnet
 from safelight.weights.digest import FileDigest, HashedFile, digest_files, model_digest
 from safelight.weights.find import (
@@ -45,6 +45,7 @@ from safelight.weights.ip_adapters import with_image_prompts
 from safelight.weights.library import open_library
 from safelight.weights.names import Weight
 from safelight.weights.plan import Plan, read_plan
+from safelight.weights.refiners import beside_of, read_refiner
 from safelight.weights.stored import SMALL, Stored, stored_weight
 from safelight.weights.tensors import is_finite, open_tensors
 
@@ -136,9 +137,12 @@ def load_model(
     fast = helps(where, precision) and not plain
     dtypes = {part: plan.family.dtype_of(part, plan.configs[part], precision) for part in nets}
     codes = coded(plan, nets) if where.type == "cpu" else {}
-    needs = None
+    beside, needs = None, None
+    if refiner is not None:
+        other = read_refiner(refiner, plan, download=download, models_dir=models_dir)
+        beside = beside_of(other, precision) if where.type == "cpu" else None
     if where.type == "cpu":
-        needs = check_memory(plan, dtypes, fast=fast, low=low_memory, codes=codes)
+        needs = check_memory(plan, dtypes, fast=fast, low=low_memory, codes=codes, beside=beside)
         if on_plan is not None and needs.needed > TOLD_FROM:
             on_plan(str(needs))
         kept = nets if needs.codes else [part for part, net in nets.items() if runs_once(net)]
@@ -166,9 +170,7 @@ def load_model(
             download=download,
             models_dir=models_dir,
             takes_paths=takes_paths,
-            on_plan=on_plan,
         )
-        _check_refiner(plan, second)
     return Model(
         name=plan.source.name,
         path=str(plan.source.path),
@@ -208,17 +210,6 @@ def _record(
     if use not in digests:
         return None
     return {"name": plan.source_of(use).name, "sha256": model_digest(digests[use])}
-
-
-def _check_refiner(plan: Plan, refiner: Model) -> None:
-    """Raise SafelightError unless a model can go on with the latents of another."""
-    if plan.family.title == refiner.family.title and plan.family.refinable:
-        return
-    raise SafelightError(
-        f"refiner {printable(refiner.name, 60)} is of {refiner.family.title}, and "
-        f"{printable(plan.source.name, 60)} of {plan.family.title}: both must be of SDXL",
-        field="refiner",
-    )
 
 
 def pick_device(name: str | torch.device) -> torch.device:

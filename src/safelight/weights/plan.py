@@ -285,7 +285,7 @@ def _missing(family: Family, names: list[str], lender: Lender | None) -> str:
     way = f"give a folder of {family.title} with --parts"
     if names == ["vae"]:
         way = "give one with --vae"
-    return f"no {listed(names)}{known} in the file; {way}"
+    return f"{way}: the file has no {listed(names)}{known}"  # what is cut off is the list
 
 
 def listed(names: Sequence[str]) -> str:
