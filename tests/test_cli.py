@@ -682,7 +682,8 @@ class TestHelp:
         text = run("generate", "--help").out
         headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
         first = ["Arguments", "Options", "Settings", "Model and folders"]
-        assert headings == [*first, "ControlNet", "IP-Adapter", "Second pass", "SDXL", "Fast mode"]
+        rest = ["Inpainting", "ControlNet", "Second pass", "IP-Adapter", "SDXL", "Fast mode"]
+        assert headings == [*first, *rest]
         parts = dict(zip(headings, re.split(r"^\w.*:$", text, flags=re.MULTILINE)[1:], strict=True))
         assert all(name in parts["Options"] for name in ("--model", "--out", "--help"))
         assert "--steps" in parts["Settings"]

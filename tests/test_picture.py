@@ -21,7 +21,6 @@ from safelight.picture import (
     encode,
     from_tensor,
     largest_difference,
-    lay_back,
     open_mask,
     open_picture,
     output_paths,
@@ -270,14 +269,6 @@ class TestTensors:
         tensor[0, 1, 7, 7] = value
         with pytest.raises(SafelightError, match="NaN"):
             from_tensor(tensor)
-
-
-def test_lay_back_is_exact_to_the_byte():
-    original, painted = Image.fromarray(noise(seed=1)), Image.fromarray(noise(seed=2))
-    white = np.random.default_rng(3).integers(0, 2, (8, 16), dtype=np.uint8)
-    laid = np.asarray(lay_back(original, painted, Image.fromarray(white * 255)))
-    assert np.array_equal(laid[white == 0], np.asarray(original)[white == 0])
-    assert np.array_equal(laid[white == 1], np.asarray(painted)[white == 1])
 
 
 def test_largest_difference():

@@ -16,7 +16,7 @@ from safelight.picture import open_picture
 from safelight.pixels import picture_sha256
 from safelight.recipe import read_recipe
 from safelight.request import Request
-from safelight.request_fields import MAX_SEED
+from safelight.request_ranges import MAX_SEED
 from safelight.result import Result
 
 LANCZOS = Image.Resampling.LANCZOS

@@ -51,9 +51,7 @@ def check_model(model: Model | Plan, request: Request) -> None:
         return
     if model.family.fixed_size:
         raise _refused(f"is not for {model.name}, which draws one size: leave it out")
-    network, vae = model.configs[model.family.network], model.configs.get("vae")
-    if getattr(network, "in_channels", 0) > (getattr(network, "out_channels", None) or math.inf):
-        raise _refused(f"is not for {model.name}, which repaints pictures: leave it out")
+    vae = model.configs.get("vae")
     if not getattr(vae, "has_encoder", True):
         raise _refused(
             f"needs an encoder, and the tiny autoencoder of {model.name} has none: put its "

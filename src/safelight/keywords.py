@@ -11,6 +11,7 @@ from safelight.prompt.reading import Emphasis, Syntax
 Schedule = Literal["karras", "exponential", "beta"]
 Spacing = Literal["leading", "linspace", "trailing"]
 Linears = Literal["plain", "int8"]
+MaskContent = Literal["original", "fill", "noise", "nothing"]
 EmptyNegative = Literal["model", "zeros", "encoded"]
 
 
@@ -48,6 +49,9 @@ class GenerateSettings(TypedDict, total=False):
     eta: float
     image: Image | None
     mask: Image | None
+    mask_padding: int | None
+    mask_blur: float
+    mask_content: MaskContent
     control_image: Image | None
     control_scale: float
     control_start: float

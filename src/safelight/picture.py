@@ -181,11 +181,6 @@ def from_tensor(tensor: "torch.Tensor") -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def lay_back(original: Image.Image, painted: Image.Image, mask: Image.Image) -> Image.Image:
-    """Return painted where mask is 255, and original where it is 0; all have one size."""
-    return Image.composite(painted, original, mask)
-
-
 def largest_difference(one: Image.Image, other: Image.Image) -> int:
     """Return the largest difference of any channel of any pixel, 0 to 255. Sizes must be equal."""
     if one.size != other.size:

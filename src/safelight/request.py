@@ -20,11 +20,14 @@ from pydantic import (
 
 from safelight.adapters.asked import MAX_NAME, AskedLora
 from safelight.errors import SafelightError
+from safelight.families.control import OF_PICTURES
 from safelight.hires import check_hires, unused_hires
 from safelight.keywords import Pictures, RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
-from safelight.request_fields import MAX_SEED, OF_PICTURES, PICTURES, RequestFields, draw_seed
-from safelight.settings import document, settings_of, shown, unknown_setting
+from safelight.region import unused_inpainting
+from safelight.request_fields import PICTURES, RequestFields, draw_seed
+from safelight.request_ranges import MAX_SEED
+from safelight.settings import document, explained, settings_of, shown
 from safelight.sizes import size_of
 
 MAX_PROMPT = 16 * 1024
@@ -55,7 +58,7 @@ class Request(RequestFields, metaclass=_Listed):
         try:
             BaseModel.__init__(self, **settings)
         except ValidationError as error:
-            raise _explained(type(self), error) from None
+            raise explained(type(self), error) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -190,7 +193,7 @@ class Request(RequestFields, metaclass=_Listed):
                 found.append(f"{name} does nothing without {picture}: give one as well")
         if self.mask is not None and self.mask.getbbox() is None:
             found.append("mask has no white: nothing of the picture is repainted")
-        return found + unused_hires(self)
+        return found + unused_inpainting(self) + unused_hires(self)
 
     def _is_composed(self) -> bool:
         """Return whether the prompt has AND or an overall weight, which use the negative prompt."""
@@ -295,7 +298,12 @@ class Request(RequestFields, metaclass=_Listed):
     @property
     def sized_by(self) -> Image | None:
         """The picture whose size is drawn if none is asked for."""
-        return self.image or self.control_image
+        return None if self.is_cropped else self.image or self.control_image
+
+    @property
+    def is_cropped(self) -> bool:
+        """Whether only the part around the mask is drawn: pictures keep their size until then."""
+        return self.mask is not None and self.mask_padding is not None
 
     def _digest(self, name: str, picture: Image) -> str:
         """Return the SHA-256 of a picture as it was given."""
@@ -378,20 +386,6 @@ class Request(RequestFields, metaclass=_Listed):
         """Deprecated: `with_defaults`."""
         warnings.warn("Request.where_silent is now with_defaults", DeprecationWarning, stacklevel=2)
         return self.with_defaults(settings)
-
-
-def _explained(request_type: type[Request], error: ValidationError) -> SafelightError:
-    """Return one line for the first of pydantic's findings."""
-    first = error.errors(include_url=False)[0]
-    if isinstance(own := first.get("ctx", {}).get("error"), SafelightError):
-        return own
-    if not first["loc"]:
-        return SafelightError(first["msg"])
-    name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
-        return unknown_setting(name, request_type.model_fields)
-    must_be = settings_of(request_type)[name].must_be
-    return SafelightError(f"{name} must be {must_be}, not {shown(first['input'])}", field=name)
 
 
 document(Request, RequestSettings)

@@ -11,21 +11,33 @@ from PIL.Image import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from safelight.adapters.asked import Unmatched
-from safelight.keywords import EmptyNegative, Linears, Schedule, Spacing
+from safelight.keywords import EmptyNegative, Linears, MaskContent, Schedule, Spacing
 from safelight.prompt.reading import Emphasis, Syntax
-from safelight.settings import About, Number, Texts, Whole
-from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
+from safelight.request_ranges import (
+    CacheBranch,
+    CacheEvery,
+    ClipSkip,
+    ControlScale,
+    Count,
+    Guidance,
+    HiresScale,
+    IpAdapterScale,
+    Level,
+    MaskBlur,
+    MaskPadding,
+    Score,
+    Seed,
+    Share,
+    Side,
+    Steps,
+    Strength,
+    ToldPlace,
+    ToldSide,
+)
+from safelight.settings import About, Texts
 
-MAX_SEED = 2**63 - 1
 PICTURES = ("image", "mask", "control_image", "ip_adapter_image")
 """The settings that are pictures. Recipes and databases have their digests in their place."""
-
-OF_PICTURES = {
-    f"{name}_{setting}": f"{name}_image"
-    for name in ("control", "ip_adapter")
-    for setting in ("scale", "start", "end")
-}
-"""The settings that say how much a picture counts and when, and that picture's."""
 
 
 def draw_seed() -> int:
@@ -39,31 +51,10 @@ def _samplers() -> tuple[str, ...]:
     return tuple(SAMPLERS)
 
 
-Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIDE_STEP)]
-Steps = Annotated[Whole, Field(ge=1, le=1000)]
-# Above 100 the two estimates are pulled so far apart that half precision overflows.
-Guidance = Annotated[Number, Field(ge=0, le=100)]
-Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
-Count = Annotated[Whole, Field(ge=1, le=64)]
-Strength = Annotated[Number, Field(gt=0, le=1)]
-ControlScale = Annotated[Number, Field(ge=0, le=10)]
-IpAdapterScale = Annotated[Number, Field(ge=0, le=10)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-_OWN = "the model's own"
-_OWN_SIZE = "the model's own, or the picture's"
-ClipSkip = Annotated[Whole, Field(ge=1, le=48)]
-# Sizes that SDXL is told. They need not be sizes that can be drawn.
-ToldSide = Annotated[Whole, Field(ge=1, le=2**15)]
-ToldPlace = Annotated[Whole, Field(ge=0, le=2**15)]
-Score = Annotated[Number, Field(ge=0, le=10)]
-_DRAWN = "that of the picture"
-Level = Annotated[Whole, Field(ge=0, le=3)]
-CacheEvery = Annotated[Whole, Field(ge=1, le=100)]
-CacheBranch = Annotated[Whole, Field(ge=0, le=100)]
-_LEVELS = "set by fast"
+_OWN, _OWN_SIZE = "the model's own", "the model's own, or the picture's"
+_DRAWN, _LEVELS = "that of the picture", "set by fast"
 _SDXL, _FAST, _CONTROL, _IP_ADAPTER = "SDXL", "Fast mode", "ControlNet", "IP-Adapter"
-HiresScale = Annotated[Number, Field(ge=1, le=4)]
-_HIRES = "Second pass"
+_INPAINTING, _HIRES = "Inpainting", "Second pass"
 
 
 class RequestFields(BaseModel):
@@ -203,6 +194,27 @@ class RequestFields(BaseModel):
         exclude=True,
         repr=False,
         description="mask of `image`; white is repainted, black is kept",
+    )
+    mask_padding: Annotated[
+        MaskPadding | None,
+        About(
+            default="the whole picture",
+            aliases=("--padding-mask-crop",),
+            a1111="inpaint_full_res_padding",
+            infotext="Masked area padding",
+            slider=(0, 256, 4),
+            group=_INPAINTING,
+        ),
+    ] = Field(None, description="draw only the part around the mask, with so many pixels beside it")
+    mask_blur: Annotated[
+        MaskBlur,
+        About(a1111="mask_blur", infotext="Mask blur", slider=(0, 64, 1), group=_INPAINTING),
+    ] = Field(0.0, description="radius in pixels by which the mask's edge is softened")
+    mask_content: Annotated[
+        MaskContent, About(a1111="inpainting_fill", infotext="Masked content", group=_INPAINTING)
+    ] = Field(
+        "original",
+        description="what the masked part begins with below strength 1; fill is the colours beside",
     )
     control_image: Annotated[
         Image | None,

@@ -29,6 +29,7 @@ from pydantic import BeforeValidator, Field
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
     from pydantic.fields import FieldInfo
 
     from safelight.request import Request
@@ -279,6 +280,20 @@ def document(request_type: type[Request], keywords: type) -> None:
             )
         ]
     )
+
+
+def explained(request_type: type[Request], error: ValidationError) -> SafelightError:
+    """Return one line for the first of pydantic's findings about a request."""
+    first = error.errors(include_url=False)[0]
+    if isinstance(own := first.get("ctx", {}).get("error"), SafelightError):
+        return own
+    if not first["loc"]:
+        return SafelightError(first["msg"])
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return unknown_setting(name, request_type.model_fields)
+    must_be = settings_of(request_type)[name].must_be
+    return SafelightError(f"{name} must be {must_be}, not {shown(first['input'])}", field=name)
 
 
 def unknown_setting(name: str, known: Mapping[str, Any]) -> SafelightError:

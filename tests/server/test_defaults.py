@@ -30,6 +30,7 @@ from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.hires import HIRES
 from safelight.picture import open_picture
 from safelight.recipe import read_recipe
+from safelight.region import INPAINTING
 from safelight.request import Request
 from safelight.server import catalogue
 from safelight.server.apis.sdapi_shapes import TextToImage, understand
@@ -353,7 +354,7 @@ def test_a_key_stays_one_job_when_the_server_has_other_defaults(tmp_path: Path) 
     sent = "POST", "/api/jobs", body
     with Inside(tmp_path / "data", draws=False) as server:
         first = server.ask(*sent, idempotency_key="k").json()
-        newer = {*CONTROL, *IP_ADAPTER, *HIRES, "seed"}
+        newer = {*CONTROL, *IP_ADAPTER, *HIRES, *INPAINTING, "seed"}
         earlier = {k: v for k, v in first["settings"].items() if k not in newer}
         digest = hashlib.sha256(json.dumps(earlier, sort_keys=True).encode()).hexdigest()
     (tmp_path / "words").mkdir()

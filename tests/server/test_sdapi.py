@@ -647,7 +647,7 @@ class TestImageToImage:
 
     def test_a_large_picture_is_drawn_at_the_model_s_size(self, api, service):
         start = Image.new("RGB", (4096, 1024), "red")
-        result = api.img2img(images=[start], mask_image=start, width=2048, height=512, seed=9)
+        result = api.img2img(images=[start], width=2048, height=512, seed=9)
         assert (service.requests[0].width, service.requests[0].height) == (256, 64)
         assert result.image.size == (2048, 512)
 
@@ -691,24 +691,41 @@ class TestImageToImage:
         assert any(text.startswith("mask: resized") for text in result.info["warnings"])
 
     @pytest.mark.parametrize(
-        ("body", "words"),
+        ("body", "settings"),
         [
-            ({}, ["mask_blur", "inpaint_full_res", "inpainting_fill 0"]),
-            ({"mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 1}, []),
-            ({"mask_blur": 0, "inpaint_full_res": 0, "denoising_strength": 1}, []),
-            (
-                {"mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 2},
-                ["inpainting_fill 2"],
-            ),
+            ({}, (0, 4.0, "fill")),
+            ({"denoising_strength": 1}, (0, 4.0, "original")),  # it begins with noise alone
+            ({"inpaint_full_res_padding": 32, "mask_blur": 0}, (32, 0.0, "fill")),
+            ({"inpaint_full_res": 0, "inpainting_fill": 1}, (None, 4.0, "original")),
+            ({"inpaint_full_res": False, "inpainting_fill": 2}, (None, 4.0, "noise")),
+            ({"inpaint_full_res": False, "inpainting_fill": 3}, (None, 4.0, "nothing")),
         ],
     )
-    def test_what_is_not_done_about_a_mask_is_said(self, call, body, words):
+    def test_how_a_mask_is_used(self, call, service, body, settings):
         picture = {"init_images": [encoded(two_halves("RGB", "red", "blue"))]}
         assert warnings_of(call("img2img", {**picture, **body})) == []
-        found = warnings_of(call("img2img", {**picture, "mask": encoded(two_halves()), **body}))
-        assert [text.startswith(word) for text, word in zip(found, words, strict=True)] == [
-            True
-        ] * len(words)
+        assert service.requests[-1].mask_padding is None
+        assert service.requests[-1].mask_blur == 0
+        masked = {**picture, "mask": encoded(two_halves()), **body}
+        assert warnings_of(call("img2img", masked)) == []
+        asked = service.requests[-1]
+        assert (asked.mask_padding, asked.mask_blur, asked.mask_content) == settings
+
+    @pytest.mark.parametrize("name", ["mask_blur", "inpaint_full_res_padding"])
+    def test_how_far_a_mask_reaches_is_not_below_nothing(self, call, name):
+        picture = {"init_images": [encoded(two_halves())], "mask": encoded(two_halves())}
+        assert name in refused(call("img2img", {**picture, name: -1}), 422)
+
+    def test_the_part_around_a_mask_is_drawn_from_the_whole_picture(self, call, service):
+        """The model draws 64x64, and the part is enlarged to its place, not to 128x128."""
+        start = two_halves("RGB", "red", "blue").resize((300, 200), 0)
+        mask = two_halves().resize((300, 200), 0)
+        body = {"init_images": [encoded(start)], "mask": encoded(mask), "resize_mode": 1}
+        for side in ({"width": 128, "height": 128}, {}):
+            assert call("img2img", {**body, **side}).status_code == 200
+            asked = service.requests[-1]
+            assert asked.image.size == asked.mask.size == (300, 200)
+            assert (asked.width, asked.height) == ((64, 64) if side else (None, None))
 
     def test_other_things_that_are_not_done(self, call):
         body = {"init_images": [encoded(Image.new("RGB", (64, 64)))]}
@@ -722,6 +739,7 @@ class TestImageToImage:
         start = two_halves("RGB", "red", "blue").resize((256, 128), 0)
         mask = two_halves().resize((256, 128), 0)
         body = {"init_images": [encoded(start)], "mask": encoded(mask), "width": 128, "height": 128}
+        body["inpaint_full_res"] = False
         for mode in (0, 1, 2):
             assert call("img2img", {**body, "resize_mode": mode}).status_code == 200
         whole, cropped, padded = [(r.image, r.mask) for r in service.requests]

@@ -147,7 +147,7 @@ def _plan(
     steps: int, batch: int, learning_rate: float, seed: int, *, warmup: int, **other: Any
 ) -> "Plan":
     """Return the plan, once its numbers are checked. warmup: in steps; short runs use fewer."""
-    from safelight.request_fields import MAX_SEED
+    from safelight.request_ranges import MAX_SEED
 
     _whole("steps", steps)
     _whole("batch", batch)

@@ -24,10 +24,12 @@ from safelight.engine.shortcuts import Kept, Plan, Words, gather, scatter
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning
 from safelight.fast import int8, memory
-from safelight.picture import from_tensor, lay_back
+from safelight.picture import from_tensor
+from safelight.region import Canvas
 from safelight.sampling import Level, Row, Table
 
 if TYPE_CHECKING:
+    from safelight.keywords import MaskContent
     from safelight.model import Model
 
 
@@ -62,7 +64,8 @@ class Job:
     state: float32 [1, channels, h, w], at `level`. cursor: index of the next row. second: the
     refiner that takes over, if any. clean: the clean estimate of the last row taken, None before
     the first. steps: the number of steps, as some samplers have several rows per step; None: one
-    row per step. size: width and height of the picture in pixels; None: all that the latents cover.
+    row per step. canvas: what is painted in, if there is a mask. size: width and height of what is
+    drawn, in pixels; None: all that the latents cover.
     control, prompted: the picture that guides it, and the picture that is a prompt, if there are
     such; a refiner reads neither.
     """
@@ -72,8 +75,7 @@ class Job:
     generator: torch.Generator
     state: Tensor
     known: Known | None = None
-    original: Image.Image | None = None
-    mask: Image.Image | None = None
+    canvas: Canvas | None = None
     cursor: int = 0
     clean: Tensor | None = None
     past_states: deque[Tensor] = field(default_factory=deque)
@@ -161,10 +163,12 @@ def prepare(
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
     strength: float = 1.0,
+    content: MaskContent = "original",
 ) -> Job:
     """Return a job at its first row.
 
-    size: width and height in pixels; image (RGB) and mask (L, 0 or 255) have that size. Each
+    size: width and height in pixels; image (RGB) and mask (L, 0 or 255) have that size. content:
+    what the masked part begins with below full strength; "fill" is in the image already. Each
     picture draws its noise from its own CPU generator, in diffusers' order for the task. So a seed
     gives the same picture as in diffusers, and other pictures of the batch never change it. Where
     the latents cover more than the picture, its edge pixels are repeated.
@@ -208,24 +212,31 @@ def prepare(
     if not (reads_mask and from_noise):
         latents = family.encode_picture(model, pixels, draw_to_encode())
     noise = draw()
-    if from_noise or latents is None:
-        state = noise * table.noise_scale
-    else:
-        state = table.rows[0].level.mix(latents, noise)
     if mask is None:
+        assert latents is not None
+        state = table.rows[0].level.mix(latents, noise)
         if reads_mask:
             conditioning = around_nothing()
         return Job(table, conditioning, generator, state, size=size)
 
     painted = covering(model, mask).add(1).div(2).round()
     small = F.interpolate(painted, size=shape[2:])  # nearest, as the networks were trained
+    if from_noise or latents is None:
+        state = noise * table.noise_scale
+    else:
+        begun = latents
+        if content in ("noise", "nothing"):
+            inside = noise if content == "noise" else torch.zeros_like(latents)
+            begun = torch.where(small > 0.5, inside, latents)
+        state = table.rows[0].level.mix(begun, noise)
     known = None
     if reads_mask:
         conditioning = around(pixels * (painted < 0.5), small)
     else:
         draw_to_encode()  # diffusers draws it for both kinds of network
         known = None if latents is None else Known(latents, noise, small)
-    return Job(table, conditioning, generator, state, known, image, mask, size=size)
+    canvas = Canvas(image, mask)
+    return Job(table, conditioning, generator, state, known, canvas, size=size)
 
 
 def decode(model: Model, latents: Tensor) -> Image.Image:
@@ -317,7 +328,7 @@ def _forget(job: Job) -> None:
 
 
 def finish(model: Model, job: Job) -> Image.Image:
-    """Return the picture of a job that is done; outside a mask it is the original, to the byte.
+    """Return the picture of a job that is done; see `Canvas` for one with a mask.
 
     Raises SafelightError if the picture is not finite.
     """
@@ -325,9 +336,7 @@ def finish(model: Model, job: Job) -> Image.Image:
         memory.give_back()  # the steps' activations, as those of the decoder are the largest
     latents = final_latents(job)
     painted = cut(model, decode(model, latents), latents, job.size)
-    if job.mask is None or job.original is None:
-        return painted
-    return lay_back(job.original, painted, job.mask)
+    return painted if job.canvas is None else job.canvas.with_painted(painted)
 
 
 def final_latents(job: Job) -> Tensor:

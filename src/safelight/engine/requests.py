@@ -20,6 +20,7 @@ from safelight.machine import describe_machine
 from safelight.picture import to_tensor
 from safelight.prompt.dynamic import draw
 from safelight.prompt.styles import apply_styles
+from safelight.region import Canvas, drawn_part, filled
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
@@ -171,9 +172,9 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
             if not any(counts(resolved, row, rows) for row in range(rows)):
                 found.append(f"{told}_scale, _start and _end")
     found += _without_effect(model, asked, resolved)
-    if resolved.mask is not None and asked.mask is not None and asked.mask.getbbox() is not None:
+    if (mask := drawn_part(resolved)[0].mask) is not None and mask.getbbox() is not None:
         cell = model.family.factor(model)
-        if to_tensor(resolved.mask)[..., ::cell, ::cell].max() < 0:  # the pixels that count
+        if to_tensor(mask)[..., ::cell, ::cell].max() < 0:  # the pixels that count
             found.append(
                 "mask has so little white that the model does not see it, and hardly anything is "
                 f"repainted: paint at least {cell}x{cell} pixels white"
@@ -293,7 +294,10 @@ def create_job(
     of a picture that is a prompt.
     """
     table, mine = table_of(model, request)
-    width, height = request.width, request.height
+    whole, (request, region) = request, drawn_part(request)
+    width, height, image = request.width, request.height, request.image
+    if image is not None and request.mask is not None and request.mask_content == "fill":
+        image = filled(image, request.mask)
     size = model.native_size if width is None or height is None else (width, height)
     job = prepare(
         model,
@@ -301,10 +305,13 @@ def create_job(
         conditioning,
         seed,
         size,
-        image=request.image,
+        image=image,
         mask=request.mask,
         strength=1.0 if request.strength is None else request.strength,
+        content=request.mask_content,
     )
+    if whole.image is not None and whole.mask is not None:
+        job.canvas = Canvas(whole.image, whole.mask, region, whole.mask_blur)
     job.steps = model.family.steps_taken(request)
     job.kept = Kept(Shortcuts.of(request))
     job.control = read_control(model, request)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 CONTROL = ("control_image", "control_scale", "control_start", "control_end")
 IP_ADAPTER = ("ip_adapter_image", "ip_adapter_scale", "ip_adapter_start", "ip_adapter_end")
 
+OF_PICTURES = {name: group[0] for group in (CONTROL, IP_ADAPTER) for name in group[1:]}
+"""The settings that say how much a picture counts and when, and that picture's."""
+
 
 def check_control(model: str, request: Request, there: bool) -> None:
     """Raise SafelightError if a request has a control_image and no ControlNet is there for it.

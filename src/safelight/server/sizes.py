@@ -38,7 +38,8 @@ def fit_to_model(
     drawn = drawable_size(size, native)
     if drawn == size:
         return request, None
-    return request.replace(width=drawn[0], height=drawn[1]), size
+    # Of a picture that is cropped to its mask, only the part that is drawn has this size.
+    return request.replace(width=drawn[0], height=drawn[1]), None if request.is_cropped else size
 
 
 def enlarging_note(

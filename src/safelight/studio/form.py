@@ -10,6 +10,7 @@ import gradio as gr
 from safelight.defaults import OPTIONAL
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.hires import HIRES
+from safelight.region import INPAINTING
 from safelight.request import MAX_PROMPT, Request
 from safelight.request_fields import draw_seed
 from safelight.sampling import SAMPLERS
@@ -119,7 +120,7 @@ class Form:
             self.eta = gr.Slider(
                 0, 1, 0, step=0.05, label="Eta", info="fresh noise in each step of DDIM and TCD"
             )
-            apart = (*made, *CONTROL, *IP_ADAPTER, *HIRES)
+            apart = (*made, *CONTROL, *IP_ADAPTER, *HIRES, *INPAINTING)
             rest = [name for name in settings if name not in apart]
             made |= self._made(settings, rest, first, suits)
         self.fast = made["fast"]
@@ -136,6 +137,7 @@ class Form:
             )
             self.picture = editor("easel", "Picture and mask")
             self.strength = field_of(settings_of(request_type)["strength"], None, suits)
+            made |= self._made(settings, [n for n in INPAINTING if n in settings], first, suits)
         with gr.Accordion(open=False, elem_id="guide", **self.guiding(suits)) as self.guide:
             gr.HTML(
                 "<p>Drop edges, a depth map or a pose, whichever the ControlNet reads. It holds "

@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safelight.errors import SafelightError
 from safelight.hires import UPSCALER, steps_to_take
+from safelight.keywords import MaskContent
 from safelight.picture import opened
 from safelight.recipe import parse_recipe_text, read_recipe
 from safelight.sampler_names import SPACINGS, sampler_and_schedule
@@ -32,6 +33,9 @@ _SETTINGS = {
     "Clip skip": "clip_skip",
     "Eta": "eta",
     "Denoising strength": "strength",
+    "Mask blur": "mask_blur",
+    "Masked area padding": "mask_padding",
+    "Masked content": "mask_content",
 }
 """Our settings, by AUTOMATIC1111's names of them."""
 
@@ -243,9 +247,13 @@ def _settings(prompt: str, negative_prompt: str, given: dict[str, Any]) -> dict[
     found["schedule"] = None if schedule in _PLAIN else schedule
     numbers = {"steps": int, "guidance_scale": float, "seed": int, "clip_skip": int}
     numbers |= {"eta": float, "strength": float, "width": int, "height": int}
+    numbers |= {"mask_blur": float, "mask_padding": int}
     for name, kind in numbers.items():
         try:
             found[name] = kind(given[name])
         except (KeyError, TypeError, ValueError, OverflowError):
             continue
+    content = str(given.get("mask_content", "")).lower().removeprefix("latent ")
+    if content in get_args(MaskContent):
+        found["mask_content"] = content
     return found

@@ -107,9 +107,10 @@ class ImageToImage(DrawBody):
     resize_mode: Annotated[Whole, Field(ge=0, le=3)] = 0
     denoising_strength: Number = 0.75
     mask: str | None = None
-    mask_blur: Whole = 4
+    mask_blur: Annotated[Whole, Field(ge=0)] = 4
     inpainting_fill: Annotated[Whole, Field(ge=0, le=3)] = 0
     inpaint_full_res: bool = True
+    inpaint_full_res_padding: Annotated[Whole, Field(ge=0)] = 0
     inpainting_mask_invert: bool = False
     initial_noise_multiplier: Number = 1.0
     include_init_images: bool = False

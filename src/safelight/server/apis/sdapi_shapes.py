@@ -129,6 +129,7 @@ def _settings(
         settings[ours] = value if ours in named else (defaults or {}).get(ours, value)
     if isinstance(body, ImageToImage):
         settings["strength"] = body.denoising_strength
+        settings |= _inpainting(body) if body.mask else {}
     else:
         # A level of `fast` has its own number of steps.
         steps = level.get("steps") if "steps" in left_out else settings["steps"]
@@ -298,9 +299,10 @@ def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[st
         if mask.size != image.size:
             warnings.append("mask: resized to the size of the picture")
             mask = mask.resize(image.size, Image.Resampling.NEAREST)
-        warnings += _inpainting(body)
     width, height = request.width, request.height
-    if width is None and height is None:
+    if mask is not None and body.inpaint_full_res:
+        pass  # width and height are those of the part that is drawn
+    elif width is None and height is None:
         width, height = allowed_size(image.size)
     elif width is not None and height is not None and body.resize_mode in (1, 2):
         # The engine does plain resizing, mode 0, and single sides.
@@ -318,22 +320,18 @@ def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[st
     return {"image": image, "mask": mask, "width": width, "height": height}, warnings
 
 
-def _inpainting(body: ImageToImage) -> list[str]:
-    """Return warnings about a mask.
+_CONTENTS = ("fill", "original", "noise", "nothing")
+"""Our names of what the masked part begins with, in the order of that API's numbers."""
 
-    Safelight repaints a hard-edged mask within the whole picture. At denoising_strength 1 it begins
-    with noise alone; below 1, with the picture's own content, which is inpainting_fill 1.
-    """
-    found = [
-        (body.mask_blur > 0, "mask_blur: the mask's edge stays hard"),
-        (body.inpaint_full_res, "inpaint_full_res: repainted within the whole picture"),
-        (
-            body.inpainting_fill != 1 and body.denoising_strength < 1,
-            f"inpainting_fill {body.inpainting_fill}: begun from the picture's own content, as "
-            "with 1; denoising_strength 1 begins from noise",
-        ),
-    ]
-    return [text for asked, text in found if asked]
+
+def _inpainting(body: ImageToImage) -> dict[str, Any]:
+    """Return the settings of inpainting, for a body with a mask."""
+    found: dict[str, Any] = {"mask_blur": float(body.mask_blur)}
+    if body.inpaint_full_res:
+        found["mask_padding"] = body.inpaint_full_res_padding
+    if body.denoising_strength < 1:  # at 1 it begins with noise alone
+        found["mask_content"] = _CONTENTS[body.inpainting_fill]
+    return found
 
 
 def _echo(body: TextToImage | ImageToImage) -> dict[str, Any]:

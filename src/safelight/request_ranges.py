@@ -1,0 +1,32 @@
+"""The ranges of the settings of a picture, as types."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from safelight.settings import Number, Whole
+from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
+
+MAX_SEED = 2**63 - 1
+
+Side = Annotated[Whole, Field(ge=MIN_SIDE, le=MAX_SIDE, multiple_of=SIDE_STEP)]
+Steps = Annotated[Whole, Field(ge=1, le=1000)]
+# Above 100 the two estimates are pulled so far apart that half precision overflows.
+Guidance = Annotated[Number, Field(ge=0, le=100)]
+Seed = Annotated[Whole, Field(ge=0, le=MAX_SEED)]
+Count = Annotated[Whole, Field(ge=1, le=64)]
+Strength = Annotated[Number, Field(gt=0, le=1)]
+ControlScale = Annotated[Number, Field(ge=0, le=10)]
+IpAdapterScale = Annotated[Number, Field(ge=0, le=10)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+ClipSkip = Annotated[Whole, Field(ge=1, le=48)]
+# Sizes that SDXL is told. They need not be sizes that can be drawn.
+ToldSide = Annotated[Whole, Field(ge=1, le=2**15)]
+ToldPlace = Annotated[Whole, Field(ge=0, le=2**15)]
+Score = Annotated[Number, Field(ge=0, le=10)]
+Level = Annotated[Whole, Field(ge=0, le=3)]
+CacheEvery = Annotated[Whole, Field(ge=1, le=100)]
+CacheBranch = Annotated[Whole, Field(ge=0, le=100)]
+MaskPadding = Annotated[Whole, Field(ge=0, le=MAX_SIDE)]
+MaskBlur = Annotated[Number, Field(ge=0, le=64)]
+HiresScale = Annotated[Number, Field(ge=1, le=4)]
