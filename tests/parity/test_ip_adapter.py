@@ -21,8 +21,11 @@ from safelight import SafelightError
 from safelight.engine import Engine, job
 from safelight.engine.ip_adapter import seen_pixels
 from safelight.engine.requests import create_job, resolve_request
+from safelight.families.sd import VARIANTS as SD_VARIANTS
+from safelight.families.sdxl import VARIANTS as SDXL_VARIANTS
 from safelight.model import Model
 from safelight.nets.ip_adapter import IPAdapter, IPAdapterConfig
+from safelight.nets.unet_config import UNetConfig
 from safelight.request import Request
 from safelight.weights import load_model
 from safelight.weights.find import Source, find
@@ -32,7 +35,7 @@ from safelight.weights.ip_adapters import with_image_prompts
 from safelight.weights.library import Library
 from safelight.weights.plan import Plan, read_plan
 from tests.parity.flow_models import make_sd3
-from tests.parity.sdxl_models import UNET, make_folder
+from tests.parity.sdxl_models import REFINER, UNET, make_folder
 from tests.parity.test_controlnet import controlnet
 
 LATENTS, PIXELS = 1e-4, 2
@@ -383,6 +386,19 @@ def test_with_a_lora(models: dict[str, Path], root: Path, tmp_path: Path) -> Non
     assert np.array_equal(drawn(model, **told), expected)
 
 
+def test_a_refiner_reads_no_picture(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    refiner = make_folder(tmp_path / "refiner", REFINER)
+    model = loaded(models, root / "xl-base.safetensors", "xl", refiner=refiner)
+    assert model.refiner is not None
+    seen: dict[str, list[bool]] = {"base": [], "refiner": []}
+    for name, net in (("base", model.unet), ("refiner", model.refiner.unet)):
+        net.register_forward_pre_hook(
+            lambda _, given, calls=seen[name]: calls.append(given[8] is not None)
+        )
+    drawn(model, ip_adapter_image=picture(), steps=8, refiner_start=0.5, guidance_scale=5.0)
+    assert seen == {"base": [True] * 4, "refiner": [False] * 4}
+
+
 def test_pictures_of_one_call_have_rows_of_their_own(models: dict[str, Path], root: Path) -> None:
     adapter = root / "sd1-plus.safetensors"
     model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
@@ -435,6 +451,17 @@ def test_a_picture_is_encoded_once(models: dict[str, Path], root: Path) -> None:
 # --- files ----------------------------------------------------------------------------------------
 
 
+def test_the_places_of_published_adapters() -> None:
+    """Those of Stable Diffusion 1.5 have the numbers 1 to 31, those of SDXL 1 to 139."""
+    sd, xl = (
+        UNetConfig.from_dict(variants[0].configs["unet"]).cross_attentions
+        for variants in (SD_VARIANTS, SDXL_VARIANTS)
+    )
+    up = (*[1280] * 3, *[640] * 3, *[320] * 3)
+    assert sd == (320, 320, 640, 640, 1280, 1280, *up, 1280)
+    assert xl == (*[640] * 4, *[1280] * 20, *[1280] * 30, *[640] * 6, *[1280] * 10)
+
+
 def test_a_file_of_torch_save(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
     tables: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for key, tensor in load_file(root / "sd1-base.safetensors").items():
@@ -483,8 +510,14 @@ def test_the_image_encoder_is_found(
     }
     named = read_ip_adapter(models["sd1"], "face", "mine").additions
     assert named["image_encoder"].source == found["image_encoder"].source
+    shutil.copytree(file.parent, library / "ipadapter")
     kinds = {entry.name: entry.kind for entry in Library(library).entries()}
-    assert kinds == {"face": "ip_adapter", "mine": "image_encoder"}
+    assert kinds == {
+        "face": "ip_adapter",
+        "one": "ip_adapter",
+        "mine": "image_encoder",
+        "image_encoder": "image_encoder",
+    }
 
 
 def read_ip_adapter(model: Path, adapter: Any, image_encoder: Any = None) -> Plan:

@@ -37,7 +37,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "eos_token_id": (0, 2**20),
     "freq_shift": (0, 1),
     "head_dim": (2, 2**10),
+    "heads_size": (1, 2**14),
     "hidden_size": (1, 2**14),
+    "image_dim": (1, 2**14),
+    "image_size": (1, 2**11),
     "in_channels": (1, 2**8),
     "intermediate_size": (1, 2**16),
     "joint_attention_dim": (1, 2**16),
@@ -63,8 +66,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_key_value_heads": (1, 2**8),
     "num_layers": (1, 2**7),
     "num_single_layers": (0, 2**7),
+    "num_tokens": (1, 2**10),
     "out_channels": (1, 2**8),
-    "patch_size": (1, 2**4),
+    "patch_size": (1, 2**6),
     "pooled_projection_dim": (1, 2**14),
     "pos_embed_max_size": (1, 2**11),
     "projection_class_embeddings_input_dim": (1, 2**16),
@@ -81,6 +85,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "time_cond_proj_dim": (4, 2**14),
     "transformer_layers_per_block": (0, 32),
     "vocab_size": (3, 2**20),
+    "widths": (1, 2**14),
 }
 """The smallest and the largest value of each number in a config, or of each number in a list.
 

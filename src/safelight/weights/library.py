@@ -248,20 +248,32 @@ def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
         folder, depth = waiting.pop()
         for path in _members(folder):
             whole = (kind == "model" and is_model_folder(path)) or (
-                kind in ("vae", "controlnet", "image_encoder")
+                kind in ("vae", "controlnet", "ip_adapter", "image_encoder")
                 and not path.is_symlink()
                 and (path / "config.json").is_file()
             )
             if kind == "lora" and folder != home and path.name in IN_FOLDER and path.is_file():
                 yield Entry(kind, folder.relative_to(home).as_posix(), path)
             elif whole or _is_file(path, kind) or (kind == "embedding" and _is_picture(path)):
-                told = facts_of(path).get("kind") if kind == "controlnet" and not whole else None
                 name = (path.relative_to(home).parent / _stem(path)).as_posix()
-                yield Entry(told if told == "ip_adapter" else kind, name, path)
+                yield Entry(_kind_in(kind, path), name, path)
             elif path.is_dir() and path.is_symlink():
                 links.append(path)
             elif path.is_dir() and depth < MAX_DEPTH:
                 waiting.append((path, depth + 1))
+
+
+def _kind_in(kind: str, path: Path) -> str:
+    """Return the kind of what lies in the folder of a kind: IP-Adapters lie in two of them.
+
+    Their image encoders may lie beside them, as they are published.
+    """
+    if kind not in ("controlnet", "ip_adapter"):
+        return kind
+    if path.is_dir():
+        return "image_encoder" if kind == "ip_adapter" else kind
+    told = facts_of(path).get("kind")
+    return told if told in ("ip_adapter", "image_encoder") else kind
 
 
 def _is_file(path: Path, kind: str = "model") -> bool:
