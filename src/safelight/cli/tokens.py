@@ -40,6 +40,7 @@ def tokens(
         Option(help="A textual inversion by name or path; more than one may be given."),
     ] = None,
     models_dir: options.ModelsDir = None,
+    parts: options.Parts = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show how a prompt is read.
@@ -53,7 +54,7 @@ def tokens(
     from safelight.prompt.dynamic import draw
     from safelight.prompt.show import lines
     from safelight.request import Request
-    from safelight.weights.find import find
+    from safelight.weights.find import find, parts_finder
     from safelight.weights.library import open_library
     from safelight.weights.plan import read_plan
 
@@ -65,7 +66,9 @@ def tokens(
         seed=seed,
         embeddings=embedding or (),
     )
-    plan = read_plan(find(model or "embedded", models_dir=models_dir), without=("vae",))
+    source = find(model or "embedded", models_dir=models_dir)
+    given = parts_finder(parts, models_dir=models_dir)
+    plan = read_plan(source, without=("vae",), parts=given)
     text = prompt
     if dynamic_prompts or wildcards is not None:
         [text] = draw([prompt], seed, None if wildcards is None else expanded(wildcards))

@@ -162,6 +162,13 @@ class Family:
         """
         return self
 
+    def named_scheduler(self, name: str, scheduler: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the scheduler's config that the name of a single file tells.
+
+        scheduler: what is returned if it tells nothing. See `told_by_scheduler`.
+        """
+        return scheduler
+
     def dtype_of(self, part: str, config: NetConfig, dtype: torch.dtype) -> torch.dtype:
         """Return the precision that a part computes in, for a model in precision `dtype`."""
         return dtype
