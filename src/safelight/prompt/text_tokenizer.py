@@ -117,8 +117,8 @@ def folder_text_tokenizer(folder: Folder, vocab_size: int, part: str) -> TextTok
     """
     name = f"{part}/tokenizer.json"
     config = folder.json(f"{part}/tokenizer_config.json") or {}
-    content = folder.json(name, LARGEST) or _qwen(folder, part, config)
-    if content is None:
+    content = folder.json(name, LARGEST)
+    if content is None and (content := _qwen(folder, part, config)) is None:
         raise refusal(folder.label, f"{name} is missing; {_remedy(folder, part)}")
     for side in _SIDES:
         if config.get(side, "right") != "right":
@@ -138,7 +138,8 @@ def _qwen(folder: Folder, part: str, config: Mapping[str, Any]) -> dict[str, Any
     vocab = folder.json(f"{part}/vocab.json", LARGE)
     if vocab is None or folder.file(f"{part}/merges.txt") is None:
         return None
-    return qwen_content(vocab, merges_in(folder, f"{part}/merges.txt"))
+    merges = merges_in(folder, f"{part}/merges.txt")
+    return qwen_content(vocab, map(list, merges))
 
 
 def _remedy(folder: Folder, part: str) -> str:
