@@ -107,11 +107,10 @@ def llama_file(
         name = names.get_name(theirs, try_suffixes=(".weight",))
         assert name is not None, key
         array, raw = tensor.float().numpy(), None
-        if kind is not None and tensor.dim() == 2 and "rel_b" not in name:
-            if tensor.shape[-1] % 32 == 0:
-                raw = gguf.GGMLQuantizationType[kind]
-                array = gguf.quants.quantize(array, raw)
-                numbers[key] = torch.from_numpy(np.array(gguf.quants.dequantize(array, raw)))
+        if kind is not None and tensor.dim() == 2 and tensor.shape[-1] % 32 == 0:
+            raw = gguf.GGMLQuantizationType[kind]
+            array = gguf.quants.quantize(array, raw)
+            numbers[key] = torch.from_numpy(np.array(gguf.quants.dequantize(array, raw)))
         writer.add_tensor(name, array, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -23,7 +23,7 @@ from safelight.weights.scales import read_scales
 MAX_ENCODERS = 8
 """The most text encoders in one file. Stable Diffusion 3 reads three."""
 
-_PREFIX = r"((?:.*\.)??)"
+_PREFIX = r"((?:.*?\.)??)"
 
 
 @dataclass(frozen=True, slots=True)
