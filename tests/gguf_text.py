@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,22 @@ def qwen_metadata(content: Mapping[str, Any], size: int, pad: int | None = None)
     return say
 
 
+@cache
+def _names(is_t5: bool) -> gguf.TensorNameMap:
+    which = gguf.MODEL_ARCH.T5ENCODER if is_t5 else gguf.MODEL_ARCH.QWEN3
+    return gguf.get_tensor_name_map(which, 99)
+
+
+def llama_name(key: str) -> str:
+    """Return llama.cpp's name of a weight of T5's encoder or Qwen3, from transformers'."""
+    is_t5 = key.startswith(("encoder.", "shared."))
+    names = _names(is_t5)
+    theirs = key if is_t5 or key.startswith("model.") else f"model.{key}"
+    name = names.get_name(theirs, try_suffixes=(".weight",))
+    assert name is not None, key
+    return name
+
+
 def llama_file(
     path: Path,
     state: Mapping[str, Tensor],
@@ -97,15 +114,12 @@ def llama_file(
     """
     is_t5 = any(key.startswith("encoder.block.") for key in state)
     which = gguf.MODEL_ARCH.T5ENCODER if is_t5 else gguf.MODEL_ARCH.QWEN3
-    names = gguf.get_tensor_name_map(which, 99)
     writer = gguf.GGUFWriter(path, arch or gguf.MODEL_ARCH_NAMES[which])
     if said is not None:
         said(writer)
     numbers = dict(state)
     for key, tensor in state.items():
-        theirs = key if is_t5 or key.startswith("model.") else f"model.{key}"
-        name = names.get_name(theirs, try_suffixes=(".weight",))
-        assert name is not None, key
+        name = llama_name(key)
         array, raw = tensor.float().numpy(), None
         if kind is not None and tensor.dim() == 2 and tensor.shape[-1] % 32 == 0:
             raw = gguf.GGMLQuantizationType[kind]

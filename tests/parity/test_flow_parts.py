@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,12 +28,14 @@ from safelight.server.on_ray import on_nodes
 from safelight.server.settings import WorkerSettings
 from safelight.studio.run import model_options
 from safelight.weights import inspect, load_model
+from safelight.weights.check import Header, TensorInfo
 from safelight.weights.convert import convert
+from safelight.weights.encoder_files import place_encoders, read_encoders
 from safelight.weights.estimate import estimate
 from safelight.weights.find import find, parts_finder
 from safelight.weights.library import Library
 from safelight.weights.plan import read_plan
-from tests.gguf_text import llama_file, qwen_metadata, t5_metadata, tokenizer_content
+from tests.gguf_text import llama_file, llama_name, qwen_metadata, t5_metadata, tokenizer_content
 from tests.parity.flow_models import (
     ASKED,
     DEV,
@@ -43,7 +46,7 @@ from tests.parity.flow_models import (
     make_sd3,
     make_zimage,
 )
-from tests.parity.test_flow_single import DUAL, bare, drawn
+from tests.parity.test_flow_single import DUAL, ORIGINAL, bare, drawn
 from tests.weights_tiny import refused
 
 State = dict[str, Tensor]
@@ -384,6 +387,38 @@ def test_another_kind_of_gguf(folders: dict[str, Path], files: Path, tmp_path: P
         "'llama'",
         "Qwen3",
     )
+
+
+PUBLISHED = (*ORIGINAL[sd3.__name__], *ORIGINAL[flux.__name__], ORIGINAL[zimage.__name__])
+
+
+@pytest.mark.parametrize("family", PUBLISHED, ids=str)
+@pytest.mark.parametrize("llama", [False, True], ids=["transformers", "llama.cpp"])
+def test_published_shapes_tell_the_encoder(family: Any, llama: bool) -> None:
+    """No file is written: a header has what is read of one."""
+    told = 0
+    for name, part in family.parts.items():
+        if not name.startswith("text_encoder") or (llama and part.module.endswith("clip")):
+            continue
+        config, network = part.load_classes()
+        with torch.device("meta"):
+            net = network(config.from_dict(family.configs[name]))
+        shapes = {key: tuple(one.shape) for key, one in net.state_dict().items()}
+        tensors = {}
+        for key, shape in shapes.items():
+            theirs = llama_name(key) if llama else key
+            size = 2 * math.prod(shape)
+            tensors[theirs] = TensorInfo("F16", shape, 0, size)
+        kind: Any = "gguf" if llama else "safetensors"
+        header = Header(Path("a"), "a", tensors, {}, kind)
+        placed = place_encoders(header, read_encoders(header), family, family.configs, [name])
+        assert list(placed.parts) == [name]
+        found = {key: weight.shape for key, weight in placed.weights[name].items()}
+        if (family.title, name) == ("Stable Diffusion 3", "text_encoder"):
+            assert placed.weights[name]["text_projection.weight"].identity
+        assert found == shapes
+        told += 1
+    assert told == sum(not llama or "clip" not in p.module for p in family.parts.values()) - 2
 
 
 # --- tokenizers ----------------------------------------------------------------------------------

@@ -98,8 +98,8 @@ ModelsDir = Annotated[
     str | None,
     Option(
         "--models-dir",
-        help="A folder of models, LoRAs, embeddings, autoencoders and ControlNets, which are found "
-        "by name [SAFELIGHT_MODELS].",
+        help="A folder of models, LoRAs, embeddings, autoencoders, text encoders and ControlNets, "
+        "which are found by name [SAFELIGHT_MODELS].",
         show_default=False,
         rich_help_panel=LOADING,
     ),
