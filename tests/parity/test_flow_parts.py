@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
@@ -206,6 +207,7 @@ CLIP_WAYS: dict[str, Callable[[State], State]] = {
     "more": added(
         **{
             "logit_scale": torch.ones(()),
+            "text_projection": torch.randn(16, 16),
             "text_projection.weight": torch.randn(16, 16),
             "text_model.embeddings.position_ids": torch.arange(77)[None],
             "visual_projection.weight": torch.ones(2, 2),
@@ -487,6 +489,16 @@ def test_an_installation_around_the_models_folder_has_them(
         assert Names(settings)._parts(own=False).library is not None
 
 
+def test_a_models_folder_on_another_disk(
+    folders: dict[str, Path], files: Path, tmp_path: Path
+) -> None:
+    install(folders, tmp_path / "ComfyUI", "comfyui")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "ComfyUI/models").symlink_to(tmp_path / "disk")
+    for place, found in (("ComfyUI/models", 2), ("disk", 0)):
+        assert len(Library(tmp_path / place).tokenizers()) == found
+
+
 def test_without_a_tokenizer_the_error_says_what_would_do(
     folders: dict[str, Path], files: Path, tmp_path: Path
 ) -> None:
@@ -622,6 +634,24 @@ def test_a_recipe_names_all_parts(
     capsys.readouterr()
     assert cli.run(["verify", png, "--model", file, "--parts", str(folders["flux"])]) == 2
     assert "flux-ae (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "parts", ["x", 3, [3], ["x"], [{"name": "a"}], [{"name": 1, "sha256": "b"}], [[]], [None]]
+)
+def test_a_recipe_s_parts_are_names_and_digests(tmp_path: Path, parts: Any) -> None:
+    image = Image.new("RGB", (8, 8))
+    texts = PngImagePlugin.PngInfo()
+    one = {"name": "m", "sha256": "a"}
+    told = {"safelight": "0", "model": one, "settings": {}, "parts": parts}
+    texts.add_text("safelight", json.dumps(told))
+    image.save(tmp_path / "a.png", pnginfo=texts)
+    refused(lambda: read_recipe(tmp_path / "a.png"), "did not write")
+    told["parts"] = [one] * 40
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("safelight", json.dumps(told))
+    image.save(tmp_path / "a.png", pnginfo=texts)
+    refused(lambda: read_recipe(tmp_path / "a.png"), "did not write")
 
 
 def comfyui(files: Path, folders: dict[str, Path], root: Path) -> Path:

@@ -55,8 +55,8 @@ KINDS = (
         re.compile(_PREFIX + r"(?:text_model\.)?embeddings\.token_embedding\.weight"),
         re.compile(r"text_model\.encoder\.layers\.(\d+)\..*"),
         re.compile(
-            r"(text_model\.)?embeddings\.position_ids|logit_scale|vision_model\..*"
-            r"|visual_projection\.weight"
+            r"(text_model\.)?embeddings\.position_ids|logit_scale|text_projection"
+            r"|vision_model\..*|visual_projection\.weight"
         ),
         "hidden_size",
         "num_hidden_layers",

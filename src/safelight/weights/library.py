@@ -167,9 +167,14 @@ class Library:
 
         Their kind is "tokenizer".
         """
-        here = self.root.resolve()
         found: list[Entry] = []
-        for base in (here, *here.parents[:_ABOVE]):
+        # The folder may be a link to another disk, and the installation around either.
+        around = [
+            base
+            for here in (self.root.absolute(), self.root.resolve())
+            for base in (here, *here.parents[:_ABOVE])
+        ]
+        for base in dict.fromkeys(around):
             places = [base / place for place in _COMFYUI]
             for pattern in _FORGE:
                 try:
