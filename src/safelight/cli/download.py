@@ -56,7 +56,7 @@ def _layout(file: str, parts: list[str], models_dir: str | None) -> "Layout":
 
     source = find(file, download=False, models_dir=models_dir)
     given = parts_finder(parts, download=False, models_dir=models_dir)
-    plan = read_plan(source, parts=given if parts else None, partial=True)
+    plan = read_plan(source, parts=given, partial=True)
     if not plan.lacking:
         raise SafelightError(f"{file[-100:]!r} lacks nothing: it needs no --parts")
     return hub.parts_for(plan.source.path, plan.lacking, parts)
