@@ -250,6 +250,16 @@ def test_names_of_t5(folders: dict[str, Path], files: Path, tmp_path: Path, way:
     assert drawn(files / "flux.safetensors", parts=[t5, *parts]) == drawn(folders["flux"])
 
 
+def test_separate_files_become_one(folders: dict[str, Path], files: Path, tmp_path: Path) -> None:
+    for name in ("sd3", "flux", "zimage"):
+        parts = parts_of(files, name, tokenizer(folders, name))
+        convert(files / f"{name}.safetensors", tmp_path / f"{name}.safetensors", parts=parts)
+        wanted = load_file(files / f"{name}-all.safetensors")
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 def test_names_of_qwen(folders: dict[str, Path], files: Path, tmp_path: Path) -> None:
     ae, qwen, words = parts_of(files, "zimage", tokenizer(folders, "zimage"))
     head = {"lm_head.weight": torch.ones(2, 2)}
@@ -521,6 +531,26 @@ def test_without_a_tokenizer_the_error_says_what_would_do(
     assert any("without text_encoder_3" in said for said in model.warnings)
     parts = parts_of(files, "sd3")
     refused(lambda: load_model(files / "sd3.safetensors", **CPU, parts=parts), "no tokenizer_3")
+
+
+@pytest.mark.parametrize("name", ["flux", "zimage"])
+def test_tokenizers_of_other_kinds(
+    folders: dict[str, Path], files: Path, tmp_path: Path, name: str
+) -> None:
+    """Where no class is stated, the content tells."""
+    content = tokenizer_content(tokenizer(folders, name))
+    file, path = files / f"{name}-all.safetensors", tmp_path / "tokenizer.json"
+    for change in (
+        {"model": {**content["model"], "vocab": [["<s>", 0.0], ["</s>", 0.0]]}, "added_tokens": []},
+        {"model": {**content["model"], "type": "WordPiece"}},
+        {"model": {**content["model"], "vocab": 3}, "added_tokens": 3},
+        {"model": {**content["model"], "vocab": [3, "x"]}, "added_tokens": [3, None, "x"]},
+        {"model": 3},
+    ):
+        path.write_text(json.dumps({**content, **change}))
+        refused(lambda: load_model(file, **CPU, parts=path), "no kind we know")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
+    refused(lambda: load_model(file, **CPU, parts=tmp_path), "GemmaTokenizer")
 
 
 def test_a_tokenizer_without_its_encoder_is_not_looked_for(

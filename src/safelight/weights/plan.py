@@ -14,7 +14,7 @@ from safelight.families.flow import FlowFamily
 from safelight.sampling import SchedulerConfig
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 from safelight.weights.check import Header, printable, refusal
-from safelight.weights.find import PartsFinder, Source
+from safelight.weights.find import HUB_ID, PartsFinder, Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
 from safelight.weights.lender import Borrower, Lender, borrow, listed, missing
@@ -171,9 +171,9 @@ def read_plan(
             why += " that it has"
         if plan.lacking:
             why = f"it has no {listed(plan.lacking)} either"
-        what = "the folder of parts"
-        if len(parts.names) > 1 or Path(name).is_file():
-            what = f"{printable(Path(name).name, 60)} of the parts"
+        what = f"{printable(Path(name).name, 60)} of the parts"
+        if len(parts.names) == 1 and (Path(name).is_dir() or HUB_ID.fullmatch(name)):
+            what = "the folder of parts"
         plan.warnings.append(f"{what} is not used: {why}")
     return plan
 

@@ -148,13 +148,31 @@ def class_of(home: Home) -> str | None:
     stated = (home.json("tokenizer_config.json") or {}).get("tokenizer_class")
     if isinstance(stated, str) and stated not in _GENERIC:
         return stated
-    return {"Unigram": "T5Tokenizer", "BPE": "Qwen2Tokenizer"}.get(_model_of(home) or "")
+    kind, content = _model_of(home), _content_of(home)
+    if kind == "Unigram" and [token[:1] for token in _begin(content)] == [["<pad>"], ["</s>"]]:
+        return "T5Tokenizer"
+    added = content.get("added_tokens")
+    listed = added if isinstance(added, list) else []
+    marks = [told.get("content") for told in listed if isinstance(told, dict)]
+    return "Qwen2Tokenizer" if kind == "BPE" and "<|im_start|>" in marks else None
+
+
+def _begin(content: Mapping[str, Any]) -> list[list[Any]]:
+    """Return the first two tokens of a Unigram model, with their scores."""
+    vocab = content["model"].get("vocab")
+    first = vocab[:2] if isinstance(vocab, list) else []
+    return [token for token in first if isinstance(token, list)]
+
+
+def _content_of(home: Home) -> dict[str, Any]:
+    from safelight.prompt.pipeline import LARGEST
+
+    return home.json("tokenizer.json", LARGEST) or {}
 
 
 def _model_of(home: Home) -> str | None:
-    from safelight.prompt.pipeline import LARGEST
-
-    model = (home.json("tokenizer.json", LARGEST) or {}).get("model")
+    """Return the kind of a tokenizer.json's model, None if it says none."""
+    model = _content_of(home).get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     return kind if isinstance(kind, str) else None
 
