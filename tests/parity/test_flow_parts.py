@@ -727,10 +727,18 @@ def test_names_of_the_models_folder(
     assert cli.run(["verify", png, *options]) == 0  # all by the names in the recipe
     (models / "clip/clip_l.safetensors").rename(models / "clip/renamed.safetensors")
     assert cli.run(["verify", png, *options]) == 0  # by its digest
+    shutil.copyfile(files / "zimage-text_encoder.safetensors", models / "clip/t5.safetensors")
+    shutil.copyfile(models / "clip/renamed.safetensors", models / "clip/clip_l.safetensors")
+    asked[asked.index("t5xxl_fp16")] = "t5.gguf"
+    assert cli.run([*asked, "--overwrite"]) == 0
+    assert cli.run(["verify", png, *options]) == 0  # of two files of one name, by its digest
     capsys.readouterr()
     assert cli.run(["models", "--all", *options]) == 0
     assert "text_encoder" in capsys.readouterr().out
-    refused(lambda: load_model("flux1-dev", **CPU, models_dir=models, parts=["nowhere"]), "nowhere")
+    given["parts"] = ["nowhere"]
+    refused(lambda: load_model("flux1-dev", **CPU, **given), "nowhere")
+    given["parts"] = ["ae", "clip_l"]
+    refused(lambda: load_model("flux1-dev", **CPU, **given), "no text_encoder_2", "several times")
 
 
 def test_files_in_the_root_are_what_they_hold(

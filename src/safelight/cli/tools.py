@@ -254,8 +254,8 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
         return None
     library, name, sha256 = open_library(models_dir), used["name"], used["sha256"]
     looked = kind if kind in ("vae", "controlnet") else "model"
-    if kind == "parts" and library is not None and (part := library.part(name)) is not None:
-        looked = part.kind
+    if kind == "parts" and library is not None:
+        looked = next((home for home in PARTS if library.matches(name, home)), looked)
     if looked == "model" and name in BUILT_IN:
         return name
     here = on_disk(name)

@@ -208,7 +208,8 @@ def missing(family: Family, names: Sequence[str], lenders: Sequence[Lender]) -> 
         )
     if lenders:
         nor = listed([printable(one.source.name, 40) for one in lenders], "or")
-        return f"no {listed(names)} in the file, nor in {nor}"
+        more = "" if any(one.folder for one in lenders) else "; --parts may be given several times"
+        return f"no {listed(names)} in the file, nor in {nor}{more}"
     known = ""
     if len(names) == 1:
         mine = [f"{p}*" for p, section in family.sections().items() if section.part == names[0]]
