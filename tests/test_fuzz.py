@@ -39,6 +39,9 @@ from safelight.weights.folder import Folder
 from safelight.weights.gguf import BLOCKS, ORIGINAL_SHAPE
 from safelight.weights.headers import header_of
 from safelight.weights.tensors import open_tensors
+from safelight.weights.tokenizers import gguf_home
+from test_gguf_tokenizer import file as gguf_words
+from test_gguf_tokenizer import of_file, qwen_say, t5_say
 from test_weights_gguf import described, entry, framed, listed
 from test_weights_gguf import text as gguf_text
 from test_weights_pickles import archived, pickled, tensor
@@ -402,6 +405,26 @@ def test_gguf_headers(tmp_path, capfd):
 
     try_it(good)
     fuzz("gguf headers", 200, strategy, try_it, capfd, longest=200)
+
+
+def test_gguf_tokenizers(tmp_path, capfd):
+    path = tmp_path / "x.gguf"
+    whole = [gguf_words(path, say()).read_bytes() for say in (t5_say, qwen_say)]
+    numbers = st.one_of(INTS, LISTS, st.sampled_from([b"\0" * 4, b"\xff" * 4, b"\1\0\0\0"]))
+    several = st.lists(st.tuples(st.integers(24, 500), numbers), min_size=1, max_size=3)
+    strategy = st.one_of(
+        st.tuples(st.sampled_from(whole), SPOTS).map(lambda e: mutated(*e)),
+        st.tuples(st.sampled_from(whole), several).map(lambda e: overlaid(*e)),
+    )
+
+    def try_it(content):
+        path.write_bytes(content)
+        if gguf_home(header_of(path)) is not None:
+            of_file(path).encode("ab a</s> b", 8, pad=False)
+
+    for content in whole:
+        try_it(content)
+    fuzz("gguf tokenizers", 150, strategy, try_it, capfd, longest=200)
 
 
 # --- LoRAs ----------------------------------------------------------------------------------------

@@ -509,10 +509,8 @@ def file(tmp_path, monkeypatch):
 LENT = ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
 
 
-@pytest.mark.parametrize("command", ["generate", "download"])
-def test_of_parts_only_what_a_file_lacks_is_downloaded(
-    command, hub, file, tmp_path, monkeypatch, capfd
-):
+def served(hub, tmp_path, monkeypatch):
+    """Let the hub have a tiny model; return the list that gets the names of what is downloaded."""
     folder = text_folder(tmp_path / "model")
     names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     info = SimpleNamespace(
@@ -532,6 +530,14 @@ def test_of_parts_only_what_a_file_lacks_is_downloaded(
         huggingface_hub, "hf_hub_download", lambda *a, **k: str(folder / "model_index.json")
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    return asked
+
+
+@pytest.mark.parametrize("command", ["generate", "download"])
+def test_of_parts_only_what_a_file_lacks_is_downloaded(
+    command, hub, file, tmp_path, monkeypatch, capfd
+):
+    asked = served(hub, tmp_path, monkeypatch)
     if command == "download":
         assert cli.run(["download", "org/tiny", "--parts-for", str(file)]) == 0
         assert capfd.readouterr().out.strip().endswith(COMMIT)
@@ -542,6 +548,28 @@ def test_of_parts_only_what_a_file_lacks_is_downloaded(
     asked.clear()
     assert load_model(file, parts="org/tiny", device="cpu").other_parts
     assert asked == []  # the snapshot has all that is read
+
+
+@pytest.mark.parametrize("command", ["generate", "download"])
+def test_of_several_parts_the_hub_gives_what_is_left(
+    command, hub, file, tmp_path, monkeypatch, capfd
+):
+    asked = served(hub, tmp_path, monkeypatch)
+    alone = tmp_path / "unet.safetensors"
+    unet = {k: v for k, v in load_file(file).items() if k.startswith("model.diffusion_model.")}
+    save_file(unet, alone)
+    vae = str(tmp_path / "model/vae/diffusion_pytorch_model.safetensors")
+    if command == "download":
+        given = ["--parts-for", str(alone), "--parts", vae]
+        assert cli.run(["download", "org/tiny", *given]) == 0
+    else:
+        model = load_model(alone, parts=[vae, "org/tiny"], device="cpu")
+        assert [p["name"] for p in model.other_parts] == ["diffusion_pytorch_model", "org/tiny"]
+    assert {name.partition("/")[0] for name in asked} == {
+        "model_index.json",
+        "text_encoder",
+        "tokenizer",
+    }
 
 
 def test_the_command_for_parts_that_are_absent_fetches_no_more(hub, file, monkeypatch):

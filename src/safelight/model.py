@@ -69,8 +69,8 @@ class Model:
     wildcards_dir: the folder that `__name__` in a prompt is drawn from, None if there is none.
     styles: named words that a request may put around its prompts.
     library: the models folder that LoRAs and embeddings are found in, None if there is none.
-    other_parts: name and sha256 of the folder that a single file took parts from, None if none was
-      needed.
+    other_parts: name and sha256 of what a single file took parts from, a list if of several; None
+      if it took none.
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     prediction_type: what its network predicts, if that was given and not taken from its files.
     refiner: the model that takes the last steps, None if none does.
@@ -103,7 +103,7 @@ class Model:
     wildcards_dir: Path | None = None
     styles: Mapping[str, Style] = field(default_factory=dict)
     library: Library | None = None
-    other_parts: dict[str, str] | None = None
+    other_parts: dict[str, str] | list[dict[str, str]] | None = None
     other_vae: dict[str, str] | None = None
     prediction_type: str | None = None
     refiner: Model | None = None

@@ -23,7 +23,10 @@ IP_ADAPTER_MODULE = "ip-adapter-auto"
 """What the web UI's ControlNet extension calls the reading of a picture for an IP-Adapter."""
 
 USED = ("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder")
-"""The keys of a recipe that name files, each by name and SHA-256."""
+"""The keys of a recipe that name files, each by name and SHA-256; `parts` may be a list of them."""
+
+MAX_PARTS = 32
+"""The most things that a model took parts from."""
 
 
 def png_texts(recipe: dict[str, Any]) -> dict[str, str]:
@@ -213,12 +216,21 @@ def read_recipe(source: str | Path | bytes) -> dict[str, Any]:
         raise SafelightError(f"{name} carries no recipe: {error}") from None
 
 
+def listed_files(used: Any) -> list[Any]:
+    """Return the files under a key of a recipe as a list: none, one, or several."""
+    if used is None:
+        return []
+    return used if isinstance(used, list) else [used]
+
+
 def _parse_ours(text: str, name: str) -> dict[str, Any]:
     try:
         recipe = json.loads(text)
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["model"], dict):
             raise TypeError
-        used = [recipe[key] for key in USED if key in recipe]
+        used = [one for key in USED for one in listed_files(recipe.get(key))]
+        if len(used) > MAX_PARTS:
+            raise TypeError
         names = [part[key] for part in used for key in ("name", "sha256")]
         for value in (recipe["safelight"], *names):
             if not isinstance(value, str):

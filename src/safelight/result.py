@@ -21,7 +21,7 @@ class Result:
     drawn: what else their last bits depend on, see `safelight.machine`.
     words: with styles or dynamic prompts, the prompt and negative prompt of each seed.
     embeddings: for each seed, name and sha256 of its textual inversions.
-    parts: name and sha256 of the folder that the model's single file took parts from, if one did.
+    parts: name and sha256 of what the model's single file took parts from, a list if of several.
     vae: name and sha256 of the autoencoder, if it is not the model's own.
     prediction_type: what the network predicts, if that was given when the model was loaded.
     refiner: name and sha256 of the model that took the last steps, if one did.
@@ -45,7 +45,7 @@ class Result:
     drawn: dict[str, Any] = field(default_factory=dict)
     words: dict[int, tuple[str, ...]] = field(default_factory=dict)
     embeddings: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
-    parts: dict[str, str] | None = None
+    parts: dict[str, str] | list[dict[str, str]] | None = None
     vae: dict[str, str] | None = None
     prediction_type: str | None = None
     refiner: dict[str, str] | None = None

@@ -104,6 +104,9 @@ def test_a_unet_alone_takes_the_rest_of_a_folder(files, tmp_path, kind):
     save_file({key.removeprefix(sd.UNET): tensor for key, tensor in unet.items()}, alone)
     refused(lambda: load_model(alone, device="cpu"), "no vae", "text_encoder", "--parts")
     assert drawn(alone, parts=tmp_path / "folder") == drawn(tmp_path / "folder")
+    files_of_parts = sorted((tmp_path / "folder").glob("text_encoder*/model.safetensors"))
+    files_of_parts.append(tmp_path / "folder/vae/diffusion_pytorch_model.safetensors")
+    assert drawn(alone, parts=files_of_parts) == drawn(tmp_path / "folder")
 
 
 PUBLISHED = (*sd.VARIANTS, *sdxl.VARIANTS)

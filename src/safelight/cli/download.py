@@ -22,6 +22,13 @@ def download(
             show_default=False,
         ),
     ] = None,
+    parts: Annotated[
+        list[str] | None,
+        Option(
+            help="With --parts-for: what else lends that file something; only the rest is fetched.",
+            show_default=False,
+        ),
+    ] = None,
     models_dir: options.ModelsDir = None,
 ) -> None:
     """Download a model or an autoencoder from the hub.
@@ -35,17 +42,21 @@ def download(
     found = HUB_ID.fullmatch(name)
     if found is None:
         raise SafelightError(f'{name[:100]!r} is no hub id: expected "org/name"')
-    layout = None if parts_for is None else _layout(parts_for, models_dir)
+    if parts and parts_for is None:
+        raise SafelightError("--parts is for --parts-for: give the file that lacks something")
+    layout = None if parts_for is None else _layout(parts_for, parts or [], models_dir)
     say(hub.download(found[1], found[2], note, layout))
 
 
-def _layout(file: str, models_dir: str | None) -> "Layout":
+def _layout(file: str, parts: list[str], models_dir: str | None) -> "Layout":
     """Return what is read of a repository that lends a single file what it lacks."""
     from safelight.weights import hub
-    from safelight.weights.find import find
+    from safelight.weights.find import find, parts_finder
     from safelight.weights.plan import read_plan
 
-    plan = read_plan(find(file, download=False, models_dir=models_dir), partial=True)
+    source = find(file, download=False, models_dir=models_dir)
+    given = parts_finder(parts, download=False, models_dir=models_dir)
+    plan = read_plan(source, parts=given, partial=True)
     if not plan.lacking:
         raise SafelightError(f"{file[-100:]!r} lacks nothing: it needs no --parts")
-    return hub.parts_for(plan.source.path, plan.lacking)
+    return hub.parts_for(plan.source.path, plan.lacking, parts)

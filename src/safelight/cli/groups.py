@@ -40,7 +40,7 @@ class Loading:
             "dtype": self.dtype,
             "low_memory": self.low_memory,
             "models_dir": self.models_dir,
-            "parts": self.parts,
+            "parts": options.one_or_all(self.parts),
             "vae": self.vae,
             "refiner": self.refiner,
             "controlnet": self.controlnet,

@@ -43,14 +43,22 @@ LowMemory = Annotated[
     ),
 ]
 Parts = Annotated[
-    str | None,
+    list[str] | None,
     Option(
         "--parts",
-        help="A model's folder or hub id from which a checkpoint file takes what it lacks.",
+        help="What gives a checkpoint file what it lacks: a model's folder or hub id, a file of "
+        "text encoders or an autoencoder, a tokenizer. More than one may be given.",
         show_default=False,
         rich_help_panel=LOADING,
     ),
 ]
+
+
+def one_or_all(given: list[str] | None) -> str | list[str] | None:
+    """Return what an option that may be given several times was given: one text, or all."""
+    return given[0] if given and len(given) == 1 else given or None
+
+
 Vae = Annotated[
     str | None,
     Option(
@@ -110,8 +118,8 @@ ModelsDir = Annotated[
     str | None,
     Option(
         "--models-dir",
-        help="A folder of models, LoRAs, embeddings, ControlNets and the like, which are found by "
-        "name [SAFELIGHT_MODELS].",
+        help="A folder of models, LoRAs, embeddings, text encoders, ControlNets and the like, "
+        "which are found by name [SAFELIGHT_MODELS].",
         show_default=False,
         rich_help_panel=LOADING,
     ),

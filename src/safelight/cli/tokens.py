@@ -70,8 +70,8 @@ def tokens(
     source = find(model or "embedded", models_dir=models_dir)
     # No network reads it here. What is taken from --parts, though, brings its own tokenizer.
     networks = {name for family in FAMILIES for name in family.parts}
-    without = networks if parts is None else ("vae",)
-    plan = read_plan(source, without=without, parts=parts_finder(parts, models_dir=models_dir))
+    given = parts_finder(parts, models_dir=models_dir)
+    plan = read_plan(source, without=("vae",) if parts else networks, parts=given)
     text = prompt
     if dynamic_prompts or wildcards is not None:
         [text] = draw([prompt], seed, None if wildcards is None else expanded(wildcards))

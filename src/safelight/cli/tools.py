@@ -125,8 +125,8 @@ def verify(
         str | None, Option(help="Where the model is [its name in the recipe].", show_default=False)
     ] = None,
     parts: Annotated[
-        str | None,
-        Option(help="The folder that the model took parts from, if any.", show_default=False),
+        list[str] | None,
+        Option(help="What the model took parts from, if anything.", show_default=False),
     ] = None,
     vae: Annotated[
         str | None, Option(help="Where the other autoencoder is, if any.", show_default=False)
@@ -200,7 +200,7 @@ def verify(
         try:
             loaded = load(
                 model or _recorded("model", used["model"], models_dir) or "",
-                parts=parts or _recorded("parts", used["parts"], models_dir),
+                parts=parts or _recorded_parts(used["parts"], models_dir),
                 vae=vae or _recorded("vae", used["vae"], models_dir),
                 refiner=refiner or _recorded("refiner", used["refiner"], models_dir),
                 controlnet=controlnet or _recorded("controlnet", used["controlnet"], models_dir),
@@ -221,7 +221,7 @@ def verify(
                 "--device and --dtype take the place of the recipe's"
             ) from None
         _check_used("model", used["model"], loaded.sha256)
-        _check_used("parts", used["parts"], (loaded.other_parts or {}).get("sha256"))
+        _check_parts(used["parts"], loaded.other_parts)
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
         second = None if loaded.refiner is None else loaded.refiner.sha256
         _check_used("refiner", used["refiner"], second)
@@ -262,12 +262,14 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
     """
     from safelight.weights.digest import digest_file
     from safelight.weights.find import BUILT_IN, HUB_ID, is_cached, on_disk
-    from safelight.weights.library import open_library
+    from safelight.weights.library import PARTS, open_library
 
     if used is None:
         return None
     library, name, sha256 = open_library(models_dir), used["name"], used["sha256"]
     looked = kind if kind in ("vae", "controlnet", "ip_adapter") else "model"
+    if kind == "parts" and library is not None:
+        looked = next((home for home in PARTS if library.matches(name, home)), looked)
     if looked == "model" and name in BUILT_IN:
         return name
     here = on_disk(name)
@@ -282,7 +284,8 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
         found = next(right, None)
         # A model of the hub is a folder, too, and by_hash reads all files once.
         if found is None and folder is None and not (hub_id and is_cached(hub_id, kind)):
-            found = library.by_hash(sha256, looked)
+            homes = PARTS if kind == "parts" else (looked,)
+            found = next(filter(None, (library.by_hash(sha256, home) for home in homes)), None)
         if found is None and not own:  # the check of its hash says what is wrong
             found = folder or next(iter(named), None)
         if found is not None:
@@ -292,6 +295,32 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
             f"the recipe's {kind} {name[:60]!r} is in no models folder, and is not opened as a path"
         )
     return name
+
+
+def _recorded_parts(used: Any, models_dir: str | None) -> list[str] | None:
+    """Return where the parts of a recipe are, one or several; see `_recorded`."""
+    from safelight.recipe import listed_files
+
+    found = [_recorded("parts", one, models_dir) for one in listed_files(used)]
+    return [path for path in found if path is not None] or None
+
+
+def _check_parts(recorded: Any, taken: Any) -> None:
+    """Raise SafelightError if a model took its parts from other files than those of a recipe."""
+    from safelight.recipe import listed_files
+
+    used, loaded = listed_files(recorded), listed_files(taken)
+    if len(used) < 2 and len(loaded) < 2:
+        sha256 = loaded[0]["sha256"] if loaded else None
+        return _check_used("parts", used[0] if used else None, sha256)
+    wanted, found = ({one["sha256"]: one["name"] for one in each} for each in (used, loaded))
+    if wanted.keys() == found.keys():
+        return None
+    told = ", ".join(f"{name[:40]} ({sha[:10]}…)" for sha, name in wanted.items())
+    raise SafelightError(
+        f"parts must be {told or 'none'}, not {', '.join(name[:40] for name in found.values())}: "
+        "give those that made the picture, each with --parts"
+    )
 
 
 def _check_used(kind: str, used: dict[str, str] | None, sha256: str | None) -> None:

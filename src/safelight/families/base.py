@@ -167,6 +167,17 @@ class Family:
         """
         return self
 
+    def named_scheduler(self, name: str, scheduler: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the scheduler's config that the name of a single file tells.
+
+        scheduler: what is returned if it tells nothing. See `told_by_scheduler`.
+        """
+        return scheduler
+
+    def named_index(self, name: str) -> Mapping[str, Any]:
+        """Return what the name of a single file tells of model_index.json; see `told_by_index`."""
+        return {}
+
     def dtype_of(self, part: str, config: NetConfig, dtype: torch.dtype) -> torch.dtype:
         """Return the precision that a part computes in, for a model in precision `dtype`."""
         return dtype

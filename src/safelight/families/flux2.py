@@ -116,6 +116,11 @@ class Flux2(FlowFamily):
                 return one
         return CUSTOM if distilled else CUSTOM_BASE
 
+    def named_index(self, name: str) -> Mapping[str, Any]:
+        # As in flux-2-klein-4b.safetensors and flux-2-klein-base-4b.safetensors.
+        lower = name.casefold()
+        return {"is_distilled": "base" not in lower} if "klein" in lower else {}
+
     def published_variants(self) -> tuple[FlowFamily, ...]:
         # A distilled model has the shapes of its base: the index of a folder tells them apart.
         return tuple(one for one in VARIANTS if not one.distilled)

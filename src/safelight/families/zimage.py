@@ -79,6 +79,10 @@ class ZImage(FlowFamily):
         known = configs["vae"].latent_channels == len(colours.FLUX) - 1
         return found if known else replace(found, latent_rgb=None)
 
+    def named_scheduler(self, name: str, scheduler: Mapping[str, Any]) -> Mapping[str, Any]:
+        turbo = "turbo" in name.casefold()
+        return {**scheduler, "shift": _TURBO_SHIFT} if turbo else scheduler
+
     def published_variants(self) -> tuple[FlowFamily, ...]:
         return (BASE,)
 

@@ -369,4 +369,7 @@ class MappedEmbedding(nn.Embedding):
     precision: torch.dtype
 
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        weight: Tensor | Quantised = self.weight
+        if isinstance(weight, Quantised):
+            return weight.rows(ids).to(self.precision)
         return super().forward(ids).to(self.precision)

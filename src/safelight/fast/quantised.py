@@ -17,7 +17,8 @@ PIECE = 1 << 20
 class Quantised:
     """A weight of `shape`, as codes with one row for each of the weight's rows.
 
-    It has what layers use of a weight: `shape`, `numel`, `to`, and rows by a slice.
+    It has what layers use of a weight: `shape`, `numel`, `to`, `device`, and rows by a slice or by
+    their numbers.
 
     codes: in any dtype, [rows, …]. decode: takes rows of codes and returns their numbers, float32,
     [rows, numbers]. scale: what the numbers are multiplied by: None, one number, or [rows, 1].
@@ -39,6 +40,20 @@ class Quantised:
     def dtype(self) -> torch.dtype:
         """The dtype of the codes."""
         return self.codes.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the codes."""
+        return self.codes.device
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Return the rows of these numbers in float32, [*numbers.shape, *shape[1:]]."""
+        flat = numbers.reshape(-1)
+        raw = self.codes.view(torch.uint8) if self.codes.dtype.itemsize == 1 else self.codes
+        found = self.decode(raw[flat].view(self.codes.dtype))
+        if self.scale is not None:
+            found = found * (self.scale[flat] if self.scale.dim() else self.scale)
+        return found.view(*numbers.shape, *self.shape[1:])
 
     def numel(self) -> int:
         return self.shape.numel()

@@ -74,17 +74,20 @@ def keep_codes(net: nn.Module, codes: Mapping[str, Quantised]) -> None:
 def takes_codes(net: nn.Module) -> set[str]:
     """Return the names of the weights of `net` that its fast layers can decode at each use.
 
-    Linear layers can, but not those that another layer packs together.
+    Linear layers can, but not those that another layer packs together; and the embeddings of a
+    network that runs once, which decode the rows of a text's tokens.
     """
     names = {name: module for name, module in net.named_modules() if type(module) in _MAPPED}
     joined: set[int] = set()
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Embedding)
     if not runs_once(net):
+        kinds = (nn.Linear,)
         whole = (m for m in net.modules() if isinstance(m, layers.Attention | layers.GEGLU))
         joined = {id(inner) for module in whole for inner in module.modules()}
     return {
         f"{name}.weight"
         for name, module in names.items()
-        if isinstance(module, nn.Linear) and id(module) not in joined
+        if isinstance(module, kinds) and id(module) not in joined
     }
 
 

@@ -42,10 +42,12 @@ MAX_EXPANSION = 64
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LINES = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_WORDS = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_LINES}"
+"""Qwen 2 and 3: words with one mark before them, single digits, runs of other marks, blanks."""
+
 REGEXES = frozenset(
     {
-        # Qwen 2 and 3: words with one mark before them, single digits, runs of other marks, blanks.
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_LINES}",
+        QWEN_WORDS,
         # Llama 3: the same with up to three digits together.
         rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_LINES}",
         # Those that transformers writes when it converts a SentencePiece model.

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple, TypeVar
 from tokenizers import Tokenizer as Backend
 
 from safelight.errors import SafelightError, first_line
+from safelight.prompt.gguf_tokenizer import qwen_content
 from safelight.prompt.pipeline import LARGEST, MAX_ADDED, affixes, check_token, library_json
-from safelight.prompt.tables import added_tokens, mark
+from safelight.prompt.tables import LARGE, added_tokens, mark, merges_in
 from safelight.prompt.tokenizer import Encoded, check_unicode
 from safelight.weights.check import refusal
 from safelight.weights.folder import Folder
 
 _T = TypeVar("_T")
+_QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 _SIDES = ("padding_side", "truncation_side")
 
 
@@ -106,17 +108,18 @@ class TextTokenizer:
 def folder_text_tokenizer(folder: Folder, vocab_size: int, part: str) -> TextTokenizer:
     """Return the tokenizer in a part of a model folder, from its tokenizer.json.
 
-    tokenizer_config.json is read too, for the padding token and for tokens that were added.
+    Qwen's may be in vocab.json and merges.txt instead. tokenizer_config.json is read too, for the
+    padding token and for tokens that were added.
     vocab_size: how many ids the text encoder knows.
 
     Raises SafelightError, one line, for a file that is unusable or asks for a step that Safelight
     does not run.
     """
     name = f"{part}/tokenizer.json"
-    content = folder.json(name, LARGEST)
-    if content is None:
-        raise refusal(folder.label, f"{name} is missing; {_remedy(folder, part)}")
     config = folder.json(f"{part}/tokenizer_config.json") or {}
+    content = folder.json(name, LARGEST)
+    if content is None and (content := _qwen(folder, part, config)) is None:
+        raise refusal(folder.label, f"{name} is missing; {_remedy(folder, part)}")
     for side in _SIDES:
         if config.get(side, "right") != "right":
             raise refusal(f"{part}/tokenizer_config.json", f"{side} {config[side]!r:.40}")
@@ -126,6 +129,17 @@ def folder_text_tokenizer(folder: Folder, vocab_size: int, part: str) -> TextTok
     prefix, suffix = affixes(content.get("post_processor"), name, vocab_size)
     pad = _pad(backend, folder, part, content, config)
     return TextTokenizer(backend, prefix=prefix, suffix=suffix, pad=pad, label=name)
+
+
+def _qwen(folder: Folder, part: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what tokenizer.json would be for Qwen's older files, None if they are not there."""
+    if config.get("tokenizer_class") not in _QWEN:
+        return None
+    vocab = folder.json(f"{part}/vocab.json", LARGE)
+    if vocab is None or folder.file(f"{part}/merges.txt") is None:
+        return None
+    merges = merges_in(folder, f"{part}/merges.txt")
+    return qwen_content(vocab, map(list, merges))
 
 
 def _remedy(folder: Folder, part: str) -> str:

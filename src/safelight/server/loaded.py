@@ -285,7 +285,7 @@ class LoadedModels:
         settings = self._settings
         source = find(settings.model, models_dir=settings.models_dir)
         parts = parts_finder(settings.parts, models_dir=settings.models_dir)
-        if parts is not None:  # what is lacking is known by the plan, which downloads it
+        if parts:  # what is lacking is known by the plan, which downloads it
             without = () if settings.vae is None else ("vae",)
             read_plan(source, without=without, parts=parts)
         if settings.vae is not None:

@@ -32,7 +32,7 @@ from safelight.request import Request
 from safelight.server.served import Served
 from safelight.server.settings import WorkerSettings
 from safelight.weights.check import printable, read_header
-from safelight.weights.find import FindParts, Source, find, parts_finder
+from safelight.weights.find import PartsFinder, Source, find, parts_finder
 from safelight.weights.folder import Folder
 from safelight.weights.library import ENDINGS, Entry, Library, open_library
 from safelight.weights.plan import Plan, read_plan
@@ -198,10 +198,11 @@ class Names:
         settings = self._settings
         return find(settings.model, models_dir=settings.models_dir, download=False)
 
-    def _parts(self) -> FindParts | None:
-        """Return what finds the folder that the server's own model takes parts from, if any."""
+    def _parts(self, *, own: bool = True) -> PartsFinder:
+        """Return what finds the parts that a model lacks. own: it is the server's own model."""
         settings = self._settings
-        return parts_finder(settings.parts, models_dir=settings.models_dir, download=False)
+        given = settings.parts if own else None
+        return parts_finder(given, models_dir=settings.models_dir, download=False)
 
     def _source(self, model: str | None) -> Source | None:
         """Return a model's source; None for the server's own."""
@@ -216,8 +217,7 @@ class Names:
         if before is None or before[0] != written:
             own = given is None
             without = ("vae",) if own and settings.vae is not None else ()
-            parts = self._parts() if own else None
-            plan = read_plan(source, without=without, parts=parts)
+            plan = read_plan(source, without=without, parts=self._parts(own=own))
             before = written, PromptReader(plan, EmbeddingFinder(self.library))
         self._readers[source.path] = before
         for oldest in [*self._readers][:-MAX_READERS]:

@@ -153,8 +153,10 @@ def on_nodes(settings: WorkerSettings) -> WorkerSettings:
     return replace(settings, elsewhere=True, allowed=allowed, **paths)
 
 
-def _absolute(value: str) -> str:
-    """Return an existing path in its absolute form, and any other text unchanged."""
+def _absolute(value: Any) -> Any:
+    """Return an existing path in its absolute form, any other text unchanged; of a list, each."""
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
     path = Path(value).expanduser()
     return str(path.absolute()) if value not in BUILT_IN and path.exists() else value
 

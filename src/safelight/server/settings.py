@@ -28,7 +28,7 @@ class WorkerSettings:
     url: str
     root: str
     models_dir: str | None = None
-    parts: str | None = None
+    parts: str | list[str] | None = None
     vae: str | None = None
     refiner: str | None = None
     controlnet: str | None = None

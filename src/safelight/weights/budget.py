@@ -115,7 +115,7 @@ def _budget(
         _, network = plan.parts[part].load_classes()
         sizes = {name: math.prod(weight.shape) for name, weight in those.items()}
         if fast and runs_once(network):
-            # Mapped, but for what is decoded now, such as the embeddings of tokens.
+            # Mapped, but for what is decoded now, such as norms.
             away = {name for name, one in those.items() if not has_codes(one)}
             away |= codes.get(part, set())
             weights += (

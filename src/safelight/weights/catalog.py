@@ -22,7 +22,7 @@ from safelight.weights.library import PICTURE, Library
 class Listed:
     """One model, LoRA, embedding or autoencoder.
 
-    kind: "model", "lora", "embedding" or "vae". family: a model's variant, or what a LoRA's
+    kind: a key of `library.SUBFOLDERS`. family: a model's variant, or what a LoRA's
     training says it is for; None if unknown. bytes: on disk. dtypes: of the stored numbers. where:
     where it comes from. why_not: the reason, if it cannot be used.
     """
@@ -43,7 +43,7 @@ class Listed:
 def catalog(library: Library | None, *, everything: bool = False) -> Iterator[Listed]:
     """Yield what is shipped, in the hub's cache, and in the models folder, in this order.
 
-    everything: LoRAs, embeddings and autoencoders too. What a header says is remembered as long as
+    everything: not models alone. What a header says is remembered as long as
     its file stays.
     """
     for name in BUILT_IN:

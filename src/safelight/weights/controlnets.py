@@ -19,7 +19,8 @@ from safelight.weights.find import Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import plain_header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, unet_names
-from safelight.weights.plan import Addition, Plan, read_config
+from safelight.weights.networks import read_config
+from safelight.weights.plan import Addition, Plan
 
 PART = Part("safelight.nets.controlnet", "ControlNetModel", "ControlNetConfig")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,15 @@ from safelight.sampling import SchedulerConfig
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_files
-from safelight.weights.find import PREVIEWS, Source, find, find_previews, find_vae, parts_finder
+from safelight.weights.find import (
+    PREVIEWS,
+    Given,
+    Source,
+    find,
+    find_previews,
+    find_vae,
+    parts_finder,
+)
 from safelight.weights.frames import frame
 from safelight.weights.library import ENDINGS
 from safelight.weights.names import Original, Weight, original_names
@@ -56,7 +64,7 @@ def convert(
     out: str | Path,
     *,
     dtype: str | None = None,
-    parts: str | Path | None = None,
+    parts: Given | Sequence[Given] | None = None,
     vae: str | Path | None = None,
     prediction_type: str | None = None,
     overwrite: bool = False,
@@ -115,7 +123,7 @@ def _check_place(path: Path, plan: Plan, beside: Mapping[str, Path]) -> None:
     here = path.resolve()
     tables = (beside, *plan.all_files.values())
     read = [file.resolve() for files in tables for file in files.values()]
-    folders = [plan.folder, None if plan.lender is None else plan.lender.folder]
+    folders = [plan.folder, *(lender.folder for lender in plan.lenders)]
     inside = any(one is not None and one.root in (here, *here.parents) for one in folders)
     if inside or any(here in (file, *file.parents) for file in read):
         raise SafelightError(f"{str(path)[-100:]!r} is or holds what is read: give another --out")
@@ -294,6 +302,8 @@ def _write_tokenizers(folder: Path, plan: Plan) -> None:
             if source is not None:
                 (folder / name).mkdir(exist_ok=True)
                 shutil.copyfile(source, folder / name / file)
+            elif file.endswith(".json") and (made := home.json(f"{name}/{file}")) is not None:
+                _write_json(folder / name / file, made)  # from the metadata of a GGUF file
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

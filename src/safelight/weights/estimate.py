@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safelight.fast import helps
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import budget, coded
 from safelight.weights.controlnets import with_controlnet
-from safelight.weights.find import Source, find, find_controlnet, find_vae, parts_finder
+from safelight.weights.find import Given, Source, find, find_controlnet, find_vae, parts_finder
 from safelight.weights.frames import frame
 from safelight.weights.ip_adapters import with_image_prompts
 from safelight.weights.load import pick_device, pick_dtype
@@ -39,7 +40,7 @@ def estimate(
     dtype: str = "auto",
     low_memory: bool = False,
     models_dir: str | Path | None = None,
-    parts: str | Path | None = None,
+    parts: Given | Sequence[Given] | None = None,
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
     controlnet: str | Path | None = None,

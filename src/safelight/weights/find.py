@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,13 @@ from safelight.weights.hub import (
     from_hub,
     parts_for,
 )
-from safelight.weights.library import ENDINGS, VARIABLE, Library, open_library
+from safelight.weights.library import (
+    ENDINGS,
+    VARIABLE,
+    Library,
+    is_tokenizer_folder,
+    open_library,
+)
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"
@@ -46,8 +52,8 @@ class Source:
         object.__setattr__(self, "name", self.name.encode(errors="replace").decode())
 
 
-FindParts = Callable[[Source, Collection[str]], Source]
-"""Returns the folder that lends a single file, the first argument, the parts that it lacks."""
+Given = str | Path
+"""What a user gives for a model or a part: a path, a name in the models folder, or a hub id."""
 
 
 def find(
@@ -82,23 +88,56 @@ def find_vae(
     return _find(str(name), "vae", open_library(models_dir), download, VAE)
 
 
-def parts_finder(
-    name: str | Path | None, *, download: bool = True, models_dir: str | Path | None = None
-) -> FindParts | None:
-    """Return what finds the folder of a model that lends a single file what it lacks. See `find`.
+@dataclass(frozen=True, slots=True)
+class PartsFinder:
+    """Finds what lends a single file what it lacks.
 
-    It is looked for when it is known what is lacking, because nothing else is downloaded.
-
-    name: None for no folder, and None is returned.
+    names: of model folders, text encoders, autoencoders and tokenizers, in the order in which they
+    are asked. Each is looked for when it is known what is lacking, because nothing else is
+    downloaded. download, models_dir: see `find`.
     """
-    if name is None:
-        return None
 
-    def found(file: Source, lacking: Collection[str]) -> Source:
-        layout = parts_for(file.path, lacking)
-        return _find(str(name), "model", open_library(models_dir), download, layout)
+    names: tuple[str, ...] = ()
+    download: bool = True
+    models_dir: str | Path | None = None
 
-    return found
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def find(self, number: int, file: Source, lacking: Collection[str]) -> Source:
+        """Return where one of `names` is. file: the single file. lacking: what it lacks still.
+
+        Raises SafelightError if it is not there.
+        """
+        name, library = self.names[number], self.library
+        found = on_disk(name)
+        if found is not None and (not found.path.is_dir() or _holds_parts(found.path)):
+            return found
+        if library is not None and (entry := library.part(name)) is not None:
+            return Source(entry.name, entry.path)
+        layout = parts_for(file.path, lacking, self.names[:number])
+        return _find(name, "model", library, self.download, layout)
+
+    @property
+    def library(self) -> Library | None:
+        """The models folder, None if there is none."""
+        return open_library(self.models_dir)
+
+
+def parts_finder(
+    given: Given | Sequence[Given] | None,
+    *,
+    download: bool = True,
+    models_dir: str | Path | None = None,
+) -> PartsFinder:
+    """Return what finds the parts that a single file lacks. See `find`.
+
+    given: one thing or several; None for none, where the models folder may have a tokenizer still.
+    """
+    if given is None:
+        given = ()
+    names = (given,) if isinstance(given, str | Path) else given
+    return PartsFinder(tuple(map(str, names)), download, models_dir)
 
 
 def find_controlnet(
@@ -170,6 +209,11 @@ def _find(name: str, kind: str, library: Library | None, download: bool, layout:
 def _has_config(folder: Path) -> bool:
     """Return whether a folder is that of a model, or of one network."""
     return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+
+
+def _holds_parts(folder: Path) -> bool:
+    """Return whether a folder is that of a model, or of a tokenizer."""
+    return (folder / "model_index.json").is_file() or is_tokenizer_folder(folder)
 
 
 def is_cached(hub_id: re.Match[str], kind: str) -> bool:

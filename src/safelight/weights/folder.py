@@ -25,18 +25,18 @@ class Folder:
     """A model folder.
 
     Every file is opened through `file`, which keeps paths inside the folder and notes in `files`
-    what the model is made of. index: the content of the file that says what it is. label: the
-    name of the model in errors. flat: the files of a part may lie in the root, as small models
-    of one network have them.
+    what the model is made of. index: the content of the file that says what it is, which has this
+    name; None for a folder without one. label: the name of the model in errors. flat: the files of
+    a part may lie in the root, as small models of one network have them.
     """
 
-    def __init__(self, path: Path, label: str, index: str = "model_index.json") -> None:
+    def __init__(self, path: Path, label: str, index: str | None = "model_index.json") -> None:
         self.path = path
         self.label = label
         self.root = path.resolve()
         self.files: dict[str, Path] = {}
         self.flat = False
-        content = self.json(index)
+        content = {} if index is None else self.json(index)
         if content is None:
             raise refusal(label, f"no {index}; a folder in diffusers' layout is needed")
         self.index = content

@@ -1,6 +1,7 @@
 """Read what a GGUF file says about itself, and refuse what is inconsistent.
 
-Only texts and numbers of the metadata are kept. Lists, such as a tokenizer's words, are skipped.
+Only texts and numbers of the metadata are kept. Lists, such as a tokenizer's words, are skipped
+unless `read_gguf_lists` asks for them.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Collection
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from safelight.weights.check import (
     ITEM_SIZES,
@@ -29,6 +31,8 @@ MAX_BYTES = 2**26
 """Bytes before the tensors. A tokenizer of 250,000 words takes 12 million."""
 MAX_LISTED = 2**20
 """Texts in all lists of a file: a tokenizer has its words and as many merges of two."""
+MAX_LISTED_BYTES = 2**12
+"""Bytes of one text in a list that is read. Qwen's longest merge, of blanks, has 513."""
 MAX_ALIGNMENT = 2**16
 _GGML_DIMS = 4
 
@@ -90,21 +94,37 @@ def read_gguf_header(path: Path, name: str | None = None) -> Header:
     the header is malformed or ambiguous, if a type is not supported, or if the tensors do not fill
     the rest of the file, with gaps only where they are aligned.
     """
-    name = name or path.name
+    return _read(path, name or path.name, ())[0]
+
+
+def read_gguf_lists(path: Path, keys: Collection[str], name: str | None = None) -> dict[str, Any]:
+    """Return lists of the metadata by their keys, without those that are not there.
+
+    A list of numbers of one byte is bytes, any other a list of texts or of numbers. Raises as
+    `read_gguf_header` does, also for one with a text that is too long.
+    """
+    return _read(path, name or path.name, keys)[1]
+
+
+def _read(path: Path, name: str, keys: Collection[str]) -> tuple[Header, dict[str, Any]]:
     try:
         if not path.is_file():
             raise refusal(name, "not a file; a .gguf file is needed")
         with path.open("rb", buffering=2**16) as file:
-            return _Reader(path, name, file).header()
+            reader = _Reader(path, name, file, frozenset(keys))
+            return reader.header(), reader.lists
     except OSError as e:
         raise refusal(name, f"cannot be read ({e.strerror})") from None
 
 
 class _Reader:
-    """Read a header left to right, once."""
+    """Read a header left to right, once. wanted: keys of the lists that are kept."""
 
-    def __init__(self, path: Path, name: str, file: BinaryIO) -> None:
+    def __init__(
+        self, path: Path, name: str, file: BinaryIO, wanted: frozenset[str] = frozenset()
+    ) -> None:
         self.path, self.name, self.file = path, name, file
+        self.wanted, self.lists = wanted, dict[str, Any]()
         self.size = os.fstat(file.fileno()).st_size
         self.at = self.listed = 0
         self.alignment = 32
@@ -153,6 +173,8 @@ class _Reader:
                 self.fail(f"{ALIGNMENT} is no uint32")
             if key.startswith(ORIGINAL_SHAPE):
                 self.shapes[key.removeprefix(ORIGINAL_SHAPE)] = self.shape(key, kind)
+            elif kind == _LIST and key in self.wanted:
+                self.lists[key] = self.read_list(key)
             elif kind == _LIST:
                 self.skip_list()
             elif kind == _TEXT:
@@ -181,6 +203,28 @@ class _Reader:
             self.metadata[key] = self.decode(self.take(length))
         else:
             self.skip(length)
+
+    def read_list(self, key: str) -> Any:
+        """Return a list; see `read_gguf_lists`."""
+        kind, count = self.number("I"), self.number("Q")
+        letter = _NUMBERS.get(kind)
+        if letter is None and kind != _TEXT:
+            self.fail(f"{key!r:.60} is a list of type {kind}")
+        if letter is not None and struct.calcsize(letter) == 1:
+            return self.take(count)
+        self.listed += count
+        if self.listed > MAX_LISTED:
+            self.fail(f"more than {MAX_LISTED} members of lists")
+        if letter is not None:
+            raw = self.take(count * struct.calcsize(f"<{letter}"))
+            return list(struct.unpack(f"<{count}{letter}", raw))
+        return [self.listed_text(key) for _ in range(count)]
+
+    def listed_text(self, key: str) -> str:
+        length = self.number("Q")
+        if length > MAX_LISTED_BYTES:
+            self.fail(f"{key!r:.60} has a text of {length} bytes, {MAX_LISTED_BYTES} are the most")
+        return self.decode(self.take(length))
 
     def skip_list(self) -> None:
         kind, count = self.number("I"), self.number("Q")

@@ -155,10 +155,15 @@ CONTROLNET = Layout("config.json", _network_files("controlnet"))
 IMAGE_ENCODER = Layout("config.json", _network_files("image_encoder", "model"))
 
 
-def parts_for(file: Path, lacking: Collection[str]) -> Layout:
-    """Return the layout of a repository that lends a single file what it lacks."""
+def parts_for(file: Path, lacking: Collection[str], given: Sequence[str] = ()) -> Layout:
+    """Return the layout of a repository that lends a single file what it lacks.
+
+    given: what else lends it something, and is asked first.
+    """
     files = partial(files_of, lacking=lacking)
-    return Layout(MODEL.index, files, f" --parts-for {shlex.quote(str(file))}")
+    options = f" --parts-for {shlex.quote(str(file))}"
+    options += "".join(f" --parts {shlex.quote(name)}" for name in given)
+    return Layout(MODEL.index, files, options)
 
 
 def from_hub(

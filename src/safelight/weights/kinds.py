@@ -21,6 +21,14 @@ _CONTROLNET = (
 )
 _IP_ADAPTER = ("image_proj.", "ip_adapter.")
 _IMAGE_ENCODER = ("vision_model.embeddings.", "visual.ln_pre.")
+# One name of each kind of text encoder; in the last two as llama.cpp names them.
+_TEXT_ENCODER = re.compile(
+    r"(.*\.)?embeddings\.token_embedding\.weight"
+    r"|(.*\.)?encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight"
+    r"|(.*\.)?layers\.0\.self_attn\.q_norm\.weight"
+    r"|(enc\.)?blk\.0\.attn_q\.weight"
+)
+_DENOISER = ("model.diffusion_model.", "first_stage_model.", "double_blocks.", "joint_blocks.")
 _EMBEDDING = ("emb_params", "clip_l", "clip_g", "string_to_param")
 
 
@@ -30,7 +38,7 @@ class _Shaped(Protocol):
 
 
 def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
-    """Return the kind of a file, one of `library.SUBFOLDERS`; None if it looks like nothing.
+    """Return the kind of a file, a key of `library.SUBFOLDERS`; None if it looks like nothing.
 
     tensors: by their names in the file. Each loader looks closer; this is for a list.
     """
@@ -44,6 +52,10 @@ def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
         return "image_encoder"
     if any(_ADAPTER.search(name) for name in tensors):
         return "lora"
+    if any(_TEXT_ENCODER.fullmatch(name) for name in tensors) and not any(
+        name.startswith(_DENOISER) for name in tensors
+    ):
+        return "text_encoder"
     if all(_VAE.match(name) for name in tensors):
         return "vae"
     # A tiny autoencoder's layers are numbered in one list.

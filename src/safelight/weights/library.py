@@ -1,7 +1,8 @@
 """The user's models folder: models, LoRAs, embeddings and other networks, by name.
 
-It may be laid out as A1111 or ComfyUI have it, or as one flat folder. A name is looked up in a
-list of what is there. It is never made into a path, so that no name leads out of the folder.
+All are found by name. The folder may be laid out as A1111 or ComfyUI have it, or be a flat one. A
+name is looked up in a list of what is there. It is never made into a path, so that no name leads
+out of the folder.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SUBFOLDERS = {
     "lora": ("lora", "loras", "lycoris"),
     "embedding": ("embeddings",),
     "vae": ("vae", "vae-approx", "vae_approx"),
+    "text_encoder": ("text_encoders", "text_encoder", "clip"),
     "controlnet": ("controlnet",),
     "ip_adapter": ("ipadapter", "ip-adapter", "ip_adapter"),
     "image_encoder": ("clip_vision",),
@@ -37,8 +39,16 @@ They lie in the folder itself or in its `models`, and are compared without regar
 keeps IP-Adapters among the ControlNets.
 """
 
+PARTS = ("text_encoder", "vae")
+"""The kinds of files that lend a model's file what it lacks."""
+
+_COMFYUI = ("comfy/text_encoders/t5_tokenizer", "comfy/text_encoders/qwen25_tokenizer")
+_FORGE = ("backend/huggingface/*/tokenizer*", "backend/huggingface/*/*/tokenizer*")
+_ABOVE = 2
+"""How far above the models folder an installation may be: ComfyUI/models/…"""
+
 GGUF = ".gguf"
-"""The ending of models in few bits. Nothing else is read from such files."""
+"""The ending of models and text encoders in few bits. Nothing else is read from such files."""
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", GGUF)
 PICTURE = ".png"
@@ -57,8 +67,8 @@ _FACTS = "facts-5"
 class Entry:
     """A file, or a folder in diffusers' layout, of the library.
 
-    kind: one of SUBFOLDERS. name: its path below the folder of its kind, without the ending, as in
-    "anime/eyes".
+    kind: a key of SUBFOLDERS. name: its path below the folder of its kind, without the ending, as
+    in "anime/eyes".
     """
 
     kind: str
@@ -140,6 +150,46 @@ class Library:
                 return found
         return []
 
+    def part(self, name: str) -> Entry | None:
+        """Return what a name means for the parts of a model, None if nothing has it.
+
+        A model's folder comes first, then a text encoder, an autoencoder, an installed tokenizer,
+        and any other model. Raises SafelightError if several of a kind have the name.
+        """
+        models = self.matches(name, "model")
+        if any(entry.path.is_dir() for entry in models):
+            return self.find(name, "model")
+        for kind in PARTS:
+            if self.matches(name, kind):
+                return self.find(name, kind)
+        installed = (entry for entry in self.tokenizers() if entry.name == name)
+        return next(installed, None) or (self.find(name, "model") if models else None)
+
+    def tokenizers(self) -> list[Entry]:
+        """Return the tokenizers that an installation of ComfyUI or Forge around the folder has.
+
+        Their kind is "tokenizer".
+        """
+        found: list[Entry] = []
+        # The folder may be a link to another disk, and the installation around either.
+        around = [
+            base
+            for here in (self.root.absolute(), self.root.resolve())
+            for base in (here, *here.parents[:_ABOVE])
+        ]
+        for base in dict.fromkeys(around):
+            places = [base / place for place in _COMFYUI]
+            for pattern in _FORGE:
+                try:
+                    places += sorted(base.glob(pattern))
+                except OSError:  # a folder that cannot be read
+                    continue
+            for path in filter(is_tokenizer_folder, places):
+                inside = path.name.startswith("tokenizer")
+                name = f"{path.parent.name}/{path.name}" if inside else path.name
+                found.append(Entry("tokenizer", name, path))
+        return found
+
     def by_hash(self, digest: str, kind: str) -> Entry | None:
         """Return the entry that has a hash, None if there is none.
 
@@ -208,6 +258,13 @@ def is_model_folder(path: Path) -> bool:
     return not path.is_symlink() and (path / "model_index.json").is_file()
 
 
+def is_tokenizer_folder(path: Path) -> bool:
+    """Return whether a path is a folder that holds a tokenizer and no model."""
+    if (path / "model_index.json").is_file():
+        return False
+    return any((path / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
 def facts_of(path: Path) -> dict[str, str]:
     """Return what a file says about itself: its "kind", and the "alias" of a LoRA.
 
@@ -224,7 +281,9 @@ def facts_of(path: Path) -> dict[str, str]:
             else:
                 header = header_of(real)
                 alias = header.metadata.get("ss_output_name")
-                kind = "model" if header.format == "gguf" else kind_of(header.tensors)
+                kind = kind_of(header.tensors)
+                if header.format == "gguf" and kind != "text_encoder":
+                    kind = "model"
                 told = {"kind": kind, "alias": alias}
             facts = {key: value for key, value in told.items() if value is not None}
             keep(_FACTS, real, stamp, facts)
@@ -282,7 +341,8 @@ def _is_file(path: Path, kind: str = "model") -> bool:
     kind: what the folder is for.
     """
     ending = path.suffix.lower()
-    return ending in ENDINGS and (kind == "model" or ending != GGUF) and path.is_file()
+    few = kind in ("model", "text_encoder")
+    return ending in ENDINGS and (few or ending != GGUF) and path.is_file()
 
 
 def _is_picture(path: Path) -> bool:

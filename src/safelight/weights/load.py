@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from safelight.weights.check import Header, refusal
 from safelight.weights.controlnets import with_controlnet
 from safelight.weights.digest import FileDigest, HashedFile, digest_files, model_digest
 from safelight.weights.find import (
+    Given,
     Source,
     find,
     find_controlnet,
@@ -65,7 +66,7 @@ def load_model(
     wildcards_dir: str | Path | None = None,
     styles_file: str | Path | None = None,
     models_dir: str | Path | None = None,
-    parts: str | Path | None = None,
+    parts: Given | Sequence[Given] | None = None,
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
     refiner: str | Path | None = None,
@@ -91,8 +92,9 @@ def load_model(
     styles_file: a styles.csv, as web UIs keep it: words that `styles` puts around prompts.
     models_dir: the folder in which models, LoRAs, embeddings and autoencoders are found by name
       (see `safelight.weights.library`), in place of that of SAFELIGHT_MODELS.
-    parts: the folder of a model, or its hub id, from which a single file takes what it lacks: text
-      encoders, tokenizers, the autoencoder.
+    parts: what a single file takes what it lacks from, text encoders, tokenizers, the autoencoder:
+      the folder of a model or its hub id, a file of text encoders, an autoencoder's file, a
+      tokenizer.json or a folder with one. Of several, each is asked for what still lacks.
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
     preview_vae: the same, a tiny one, for previews alone, in place of the one that lies in the
@@ -190,7 +192,7 @@ def load_model(
         prediction_type=prediction_type,
         refiner=second,
         takes_paths=takes_paths,
-        other_parts=_record(plan, "parts", digests),
+        other_parts=_parts_record(plan, digests),
         other_vae=_record(plan, "vae", digests),
         control=_record(plan, "controlnet", digests),
         image_prompts={
@@ -210,6 +212,16 @@ def _record(
     if use not in digests:
         return None
     return {"name": plan.source_of(use).name, "sha256": model_digest(digests[use])}
+
+
+def _parts_record(
+    plan: Plan, digests: Mapping[str, dict[str, FileDigest]]
+) -> dict[str, str] | list[dict[str, str]] | None:
+    """Return name and digest of what lent the model something; a list if several did."""
+    found = [record for use in plan.lender_uses if (record := _record(plan, use, digests))]
+    if len(found) > 1:
+        return found
+    return found[0] if found else None
 
 
 def pick_device(name: str | torch.device) -> torch.device:

@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.families import Family, Part, SingleFile, family_of_file, family_of_folder
+from safelight.families import Family, Part, family_of_file, family_of_folder
 from safelight.families.flow import FlowFamily
 from safelight.sampling import SchedulerConfig
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 from safelight.weights.check import Header, printable, refusal
-from safelight.weights.find import FindParts, Source
+from safelight.weights.find import HUB_ID, PartsFinder, Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
-from safelight.weights.lender import Lender, Networks, networks_of, read_lender
+from safelight.weights.lender import Borrower, Lender, borrow, listed, missing
 from safelight.weights.names import Weight
+from safelight.weights.networks import (
+    Networks,
+    check_weights,
+    networks_of,
+    own_networks,
+    read_config,
+)
+from safelight.weights.tokenizers import Gathered
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -45,9 +53,9 @@ class Plan:
     family: the variant. configs and weights: of each network. files: what it is made of, names
     inside the model to paths. folder: None for a single file. parts: what each network is built
     from. raw: the configs as they were written, the scheduler's too. additions: the networks that
-    are not the checkpoint's own, such as another autoencoder or a ControlNet, by their use. lender:
-    the folder that a single file takes what it lacks from, None if it takes nothing. lacking: the
-    networks and tokenizers that a file lacks nonetheless.
+    are not the checkpoint's own, such as another autoencoder or a ControlNet, by their use.
+    lenders: what a single file takes what it lacks from. lacking: the networks and tokenizers that
+    a file lacks nonetheless.
     """
 
     source: Source
@@ -64,7 +72,7 @@ class Plan:
     parts: Mapping[str, Part] = field(default_factory=dict)
     raw: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     additions: Mapping[str, Addition] = field(default_factory=dict)
-    lender: Lender | None = None
+    lenders: tuple[Lender, ...] = ()
     lacking: tuple[str, ...] = ()
 
     @property
@@ -72,33 +80,45 @@ class Plan:
         """The model's name."""
         return self.source.name
 
+    @property
+    def _lent_tokenizers(self) -> Gathered | None:
+        """The tokenizers that a single file takes from elsewhere, None if it takes none."""
+        homes = {name: home for lender in self.lenders for name, home in lender.homes.items()}
+        return Gathered(homes, self.source.name) if homes else None
+
     def tokenizer_folder(self, name: str) -> Folder | None:
         """Return the folder with a tokenizer, None if it is one that we ship."""
-        if self.lender is not None and name in self.lender.names:
-            return self.lender.folder
+        if any(name in lender.homes for lender in self.lenders):
+            return self._lent_tokenizers
         return self.folder
 
     def load_tokenizers(self) -> dict[str, Any]:
         """Return the model's tokenizers by name."""
-        if self.lender is None:
+        lent = self._lent_tokenizers
+        if lent is None:
             return self.family.load_tokenizers(self.folder, self.configs)
-        lent = self.lender.names
-        return self.family.load_tokenizers(self.lender.folder, self.configs, lent)
+        return self.family.load_tokenizers(lent, self.configs, lent.tokenizers)
 
     @property
     def all_files(self) -> dict[str, Mapping[str, Path]]:
-        """All files that it is made of, by their use: "" for the model's own, "parts" for those of
-        the lender, and of each addition."""
-        lent = {} if self.lender is None else {"parts": self.lender.folder.files}
+        """All files that it is made of, by their use: "" for the model's own, those of
+        `lender_uses`, and of each addition."""
+        lent = {use: lender.files for use, lender in self.lender_uses.items()}
         return {"": self.files, **lent, **{use: one.files for use, one in self.additions.items()}}
+
+    @property
+    def lender_uses(self) -> dict[str, Lender]:
+        """The lenders, as `all_files` calls them."""
+        return {f"parts {number}": lender for number, lender in enumerate(self.lenders)}
 
     def source_of(self, use: str) -> Source:
         """Return where a network comes from, or the files of a use in `all_files`."""
         if use in self.additions:
             return self.additions[use].source
-        if self.lender is not None and (use == "parts" or use in self.lender.networks.parts):
-            return self.lender.source
-        return self.source
+        if use in (uses := self.lender_uses):
+            return uses[use].source
+        lent = (one.source for one in self.lenders if use in one.networks.parts)
+        return next(lent, self.source)
 
     def with_additions(self, found: Mapping[str, Addition], warnings: list[str]) -> Plan:
         """Return the plan with other networks, by their use. warnings: about them."""
@@ -118,15 +138,14 @@ def read_plan(
     prediction_type: str | None = None,
     *,
     without: Collection[str] = (),
-    parts: FindParts | None = None,
+    parts: PartsFinder | None = None,
     partial: bool = False,
 ) -> Plan:
     """Read a checkpoint's headers and configs.
 
     prediction_type: what the UNet predicts, in place of what the checkpoint says.
     without: parts that a single file need not have, because others take their place.
-    parts: finds the folder of a model of its family, from which a single file takes what it lacks;
-      called if it lacks something.
+    parts: finds what a single file takes what it lacks from; asked if it lacks something.
     partial: a single file may lack parts, as for showing what it holds; see `Plan.lacking`.
 
     Raises SafelightError if it is malformed, or of a kind that is not supported.
@@ -135,20 +154,27 @@ def read_plan(
         raise SafelightError(
             f"prediction_type={prediction_type!r:.40}; expected one of {', '.join(PREDICTIONS)}"
         )
+    parts = PartsFinder() if parts is None else parts
+    unused = [*parts.names]
     if source.path.is_dir():
         plan = _folder_plan(source, prediction_type)
     else:
-        plan = _file_plan(source, prediction_type, without, parts, partial)
+        plan, unused = _file_plan(source, prediction_type, without, parts, partial)
     if prediction_type is not None and isinstance(plan.family, FlowFamily):
         raise SafelightError(
             f"prediction_type={prediction_type!r} does nothing with {printable(plan.name, 60)}, "
             "a model of flow matching: leave it out"
         )
-    if parts is not None and plan.lender is None:
+    for name in unused:
         why = f"{printable(plan.name, 60)} lacks nothing"
+        if plan.lenders:
+            why += " that it has"
         if plan.lacking:
             why = f"it has no {listed(plan.lacking)} either"
-        plan.warnings.append(f"the folder of parts is not used: {why}")
+        what = f"{printable(Path(name).name, 60)} of the parts"
+        if len(parts.names) == 1 and (Path(name).is_dir() or HUB_ID.fullmatch(name)):
+            what = "the folder of parts"
+        plan.warnings.append(f"{what} is not used: {why}")
     return plan
 
 
@@ -159,7 +185,7 @@ def _folder_plan(source: Source, prediction_type: str | None) -> Plan:
     there = [name for name in family.parts if not family.lacks(folder.index, name)]
     networks = networks_of(folder, family, there)
     parts, raw, weights = networks.parts, networks.raw, networks.weights
-    _check_weights(source, weights)
+    check_weights(source, weights)
     configs = _configs(source, family, networks)
     settings = folder.part_json("scheduler", "scheduler_config.json")
     family = family.variant(configs, folder.index, settings)
@@ -190,38 +216,47 @@ def _file_plan(
     source: Source,
     prediction_type: str | None,
     without: Collection[str],
-    parts: FindParts | None,
+    parts: PartsFinder,
     partial: bool,
-) -> Plan:
+) -> tuple[Plan, list[str]]:
+    """Return the plan of a single file, and what of the given parts lends it nothing."""
     header = header_of(source.path)
     family = family_of_file(header)
     file = family.single_file(header)
-    _check_weights(source, file.weights)
+    check_weights(source, file.weights)
     warnings: list[str] = []
-    networks, lacking = _own_networks(family, file, without)
-    lender = None
-    if lacking and parts is not None:
-        lender = read_lender(parts(source, lacking), family, header.name, lacking)
-    if lender is not None:
-        _check_weights(lender.source, lender.networks.weights)
-        for mine, theirs in zip(_tables(networks), _tables(lender.networks), strict=True):
-            mine |= theirs
-        lacking = [name for name in lacking if name not in lender.names]
+    networks, lacking = own_networks(family, file, without)
+    borrower = Borrower(source, header.name, family, networks.raw)
+    lenders, lacking, unused = borrow(parts, borrower, lacking)
+    for lender in lenders:
+        networks.take(lender.networks)
     if lacking and not partial:
-        needed = [name for name in lacking if name not in family.optional]
+        lent = {part for lender in lenders for part in lender.networks.parts}
+        needed = [
+            name
+            for name in lacking
+            if name not in family.optional or name.replace("tokenizer", "text_encoder") in lent
+        ]
         if needed:
-            raise refusal(header.name, _missing(family, needed, lender))
+            raise refusal(header.name, missing(family, needed, lenders))
         left_out = [name for name in family.optional if name in networks.parts]
-        for table in _tables(networks):
-            for name in left_out:
-                del table[name]
+        networks.drop(left_out)
         warnings.append(
             f"drawn without {listed(left_out)}, because {printable(header.name, 60)} has no "
             f"{listed(lacking)}; a folder of {family.title} with it can be given with --parts"
         )
-    settings = file.scheduler
-    if lender is not None and lender.scheduler is not None:
-        settings = lender.scheduler
+    settings = next((one.scheduler for one in lenders if one.scheduler is not None), None)
+    if settings is None:
+        settings = family.named_scheduler(header.name, file.scheduler)
+    index = next((one.folder.index for one in lenders if one.folder is not None), None)
+    if index is None:
+        index = family.named_index(header.name)
+        untold = family.told_by_scheduler and settings is file.scheduler
+        if lenders and (untold or (family.told_by_index and not index)):
+            warnings.append(
+                f"{printable(header.name, 60)} does not say which {family.title} it is, and is "
+                f"drawn as {family.name}; another has it in its name, or a folder as --parts"
+            )
     if not isinstance(family, FlowFamily):  # those predict one thing, whatever a file says
         prediction_type = prediction_type or file.prediction or _stated_prediction(header)
     if prediction_type is None and file.v_native:
@@ -234,11 +269,10 @@ def _file_plan(
     side = file.native
     if file.v_native and scheduler.prediction_type == "v_prediction":
         side = file.v_native
-    configs = _configs(source, family, networks, lender)
+    configs = _configs(source, family, networks, lenders)
     if family.told_by_scheduler or family.told_by_index:
-        index = {} if lender is None else lender.folder.index
         family = family.variant(configs, index, settings)
-    return Plan(
+    plan = Plan(
         source=source,
         family=family,
         configs=configs,
@@ -249,90 +283,20 @@ def _file_plan(
         warnings=warnings,
         parts=networks.parts,
         raw={**networks.raw, "scheduler": settings},
-        lender=lender,
+        lenders=tuple(lenders),
         lacking=tuple(lacking),
     )
-
-
-def _own_networks(
-    family: Family, file: SingleFile, without: Collection[str]
-) -> tuple[Networks, list[str]]:
-    """Return the networks of a single file, and the names of what it lacks.
-
-    A network that it lacks has a config and no weights. CLIP's vocabulary ships with us, so that no
-    file lacks CLIP's tokenizers.
-    """
-    weights = dict(file.weights)
-    lacking = [name for name, found in weights.items() if not found and name not in without]
-    lacking += [
-        name for name, classes in family.tokenizers.items() if "CLIPTokenizer" not in classes
-    ]
-    return Networks(dict(family.parts), dict(file.configs), weights), lacking
-
-
-def _tables(networks: Networks) -> tuple[dict[str, Any], ...]:
-    return networks.parts, networks.raw, networks.weights
-
-
-def _missing(family: Family, names: list[str], lender: Lender | None) -> str:
-    """Return what to say of a file that lacks parts."""
-    if lender is not None:
-        return f"no {listed(names)} in the file, nor in {printable(lender.source.name, 40)}"
-    known = ""
-    if len(names) == 1:
-        mine = [f"{p}*" for p, section in family.sections().items() if section.part == names[0]]
-        known = f" ({' or '.join(mine)})" if mine else ""
-    way = f"give a folder of {family.title} with --parts"
-    if names == ["vae"]:
-        way = "give one with --vae"
-    return f"{way}: the file has no {listed(names)}{known}"  # what is cut off is the list
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names with commas and "and" between them."""
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def _check_weights(source: Source, weights: Mapping[str, Mapping[str, Weight]]) -> None:
-    """Refuse weights without numbers, and files that are mostly something else."""
-    used: dict[int, tuple[Header, set[str]]] = {}
-    for part, those in weights.items():
-        for name, weight in those.items():
-            if 0 in weight.shape:
-                raise refusal(source.name, f"{part} {name:.60} is empty: {weight.shape}")
-            used.setdefault(id(weight.header), (weight.header, set()))[1].add(weight.key)
-    for header, keys in used.values():
-        sizes = {key: info.end - info.start for key, info in header.tensors.items()}
-        needed = sum(sizes[key] for key in keys)
-        # A moving average of training may be stored beside the weights, and in twice the precision.
-        if sum(sizes.values()) > 4 * needed + 2**26:
-            largest = max(sizes.keys() - keys, key=lambda key: sizes[key])
-            raise refusal(header.name, f"mostly not weights of the model: {largest:.60}")
-
-
-def read_config(
-    source: Source, part: Part, raw: Mapping[str, Any], where: str = "config.json: "
-) -> Any:
-    """Return a network's checked config. raw: as it was written. where: how errors begin.
-
-    Raises SafelightError with the source's name.
-    """
-    config_class, _ = part.load_classes()
-    try:
-        return config_class.from_dict(raw)
-    except SafelightError as e:
-        raise refusal(source.name, f"{where}{e}") from None
+    return plan, unused
 
 
 def _configs(
-    source: Source, family: Family, networks: Networks, lender: Lender | None = None
+    source: Source, family: Family, networks: Networks, lenders: Sequence[Lender] = ()
 ) -> dict[str, Any]:
     """Return the checked config of each network."""
     configs: dict[str, Any] = {}
+    origins = {name: one.source for one in lenders for name in one.networks.parts}
     for name, part in networks.parts.items():
-        lent = lender is not None and name in lender.networks.parts
-        origin = lender.source if lender is not None and lent else source
+        origin = origins.get(name, source)
         config = read_config(origin, part, networks.raw[name], f"{name}/config.json: ")
         # Each layer has tensors: a config that asks for more is not that of its file.
         weights = networks.weights[name]

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safelight.weights.find import find
+from safelight.weights.find import find, parts_finder
+from safelight.weights.lender import listed
 from safelight.weights.names import Weight
-from safelight.weights.plan import listed, read_plan
+from safelight.weights.plan import read_plan
 from safelight.weights.stored import stored_bytes
 
 
@@ -21,7 +22,8 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
     (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
     """
     source = find(name, download=False, models_dir=models_dir)
-    plan = read_plan(source, partial=True)
+    installed = parts_finder(None, download=False, models_dir=models_dir)
+    plan = read_plan(source, parts=installed, partial=True)
     components = {part: _summary(weights) for part, weights in plan.weights.items() if weights}
     bare: list[str] = []
     if plan.lacking:

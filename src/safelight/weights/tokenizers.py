@@ -1,0 +1,223 @@
+"""Where a single file's tokenizers come from: a folder, a tokenizer.json, a GGUF file, or ComfyUI.
+
+The tokenizers of T5 and Qwen stand in no safetensors file, and none ships with us. Programs that
+draw with such files bring them along: an installation of ComfyUI or Forge around the models folder
+is looked into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from safelight.errors import SafelightError
+from safelight.families import Family
+from safelight.weights.check import Header, read_json, refusal
+from safelight.weights.find import Source
+from safelight.weights.folder import Folder
+from safelight.weights.gguf import read_gguf_lists
+from safelight.weights.library import Library
+
+_GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
+"""Classes that say nothing about the kind of a tokenizer."""
+
+
+class Home(Protocol):
+    """A tokenizer's files."""
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Those that were read, by name."""
+        ...
+
+    def file(self, name: str) -> Path | None:
+        """Return the path of a file such as "merges.txt", None if it is not there."""
+        ...
+
+    def json(self, name: str, limit: int = 2**20) -> dict[str, Any] | None:
+        """Return the content of a file, None if it is not there."""
+        ...
+
+
+class FolderHome:
+    """A tokenizer in a folder. inside: where in the folder, such as "tokenizer_2/"."""
+
+    def __init__(self, folder: Folder, inside: str = "") -> None:
+        self._folder, self._inside = folder, inside
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return self._folder.files
+
+    def file(self, name: str) -> Path | None:
+        return self._folder.file(f"{self._inside}{name}")
+
+    def json(self, name: str, limit: int = 2**20) -> dict[str, Any] | None:
+        return self._folder.json(f"{self._inside}{name}", limit)
+
+
+class FileHome:
+    """A tokenizer.json alone, whatever its name. T5's padding token is in another file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+        self._name = path.name
+        self._files: dict[str, Path] = {}
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return self._files
+
+    def file(self, name: str) -> Path | None:
+        if name != "tokenizer.json":
+            return None
+        self._files[self._name] = self._path
+        return self._path
+
+    def json(self, name: str, limit: int = 2**20) -> dict[str, Any] | None:
+        if name == "tokenizer.json":
+            return self._content(limit)
+        if name == "tokenizer_config.json" and _model_of(self) == "Unigram":
+            return {"pad_token": "<pad>"}
+        return None
+
+    def _content(self, limit: int) -> dict[str, Any]:
+        path = self.file("tokenizer.json")
+        assert path is not None
+        return read_json(path, limit, self._name)
+
+
+class GGUFHome:
+    """A tokenizer in the metadata of a GGUF file, as the files of a folder."""
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return {self._header.name: self._header.path}
+
+    def file(self, name: str) -> Path | None:
+        return None
+
+    def json(self, name: str, limit: int = 2**20) -> dict[str, Any] | None:
+        return self._made.get(name)
+
+    @cached_property
+    def _made(self) -> dict[str, dict[str, Any]]:
+        from safelight.prompt.gguf_tokenizer import LISTS, gguf_files
+
+        header = self._header
+        lists = read_gguf_lists(header.path, LISTS, header.name)
+        return gguf_files(header.metadata, lists, header.name)
+
+
+class Gathered(Folder):
+    """The tokenizers of a model from several places, as one folder that holds nothing else.
+
+    homes: by the names of the tokenizers, which `tokenizers` has.
+    """
+
+    def __init__(self, homes: Mapping[str, Home], label: str) -> None:
+        self.path = self.root = Path()
+        self.label, self.index, self.flat = label, {}, False
+        self._homes, self.tokenizers = homes, frozenset(homes)
+        self.files = {}
+
+    def file(self, name: str) -> Path | None:
+        part, _, rest = name.partition("/")
+        home = self._homes.get(part)
+        found = None if home is None else home.file(rest)
+        if found is not None:
+            self.files[name] = found
+        return found
+
+    def json(self, name: str, limit: int = 2**20) -> dict[str, Any] | None:
+        part, _, rest = name.partition("/")
+        home = self._homes.get(part)
+        return None if home is None else home.json(rest, limit)
+
+
+def class_of(home: Home) -> str | None:
+    """Return the class of a tokenizer in transformers, None if its files do not tell.
+
+    Raises SafelightError if they are malformed.
+    """
+    stated = (home.json("tokenizer_config.json") or {}).get("tokenizer_class")
+    if isinstance(stated, str) and stated not in _GENERIC:
+        return stated
+    kind, content = _model_of(home), _content_of(home)
+    if kind == "Unigram" and [token[:1] for token in _begin(content)] == [["<pad>"], ["</s>"]]:
+        return "T5Tokenizer"
+    added = content.get("added_tokens")
+    listed = added if isinstance(added, list) else []
+    marks = [told.get("content") for told in listed if isinstance(told, dict)]
+    return "Qwen2Tokenizer" if kind == "BPE" and "<|im_start|>" in marks else None
+
+
+def _begin(content: Mapping[str, Any]) -> list[list[Any]]:
+    """Return the first two tokens of a Unigram model, with their scores."""
+    vocab = content["model"].get("vocab")
+    first = vocab[:2] if isinstance(vocab, list) else []
+    return [token for token in first if isinstance(token, list)]
+
+
+def _content_of(home: Home) -> dict[str, Any]:
+    from safelight.prompt.pipeline import LARGEST
+
+    return home.json("tokenizer.json", LARGEST) or {}
+
+
+def _model_of(home: Home) -> str | None:
+    """Return the kind of a tokenizer.json's model, None if it says none."""
+    model = _content_of(home).get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def of_class(family: Family, found: str | None) -> list[str]:
+    """Return the tokenizers of a family that a tokenizer of this class can be."""
+    return [name for name, classes in family.tokenizers.items() if found in classes]
+
+
+def tokenizer_home(source: Source) -> Home:
+    """Return the tokenizer that lies in a folder, or in a tokenizer.json."""
+    if source.path.is_dir():
+        return FolderHome(Folder(source.path, source.name, index=None))
+    return FileHome(source.path)
+
+
+def gguf_home(header: Header) -> tuple[Home, str] | None:
+    """Return the tokenizer in a GGUF file and its class; None if it holds none that we read."""
+    from safelight.prompt.gguf_tokenizer import gguf_class
+
+    found = gguf_class(header.metadata) if header.format == "gguf" else None
+    return None if found is None else (GGUFHome(header), found)
+
+
+def installed_for(library: Library, family: Family, name: str) -> Source | None:
+    """Return an installed tokenizer that can be the one of this name of a family."""
+    for entry in library.tokenizers():
+        source = Source(entry.name, entry.path)
+        try:
+            if name in of_class(family, class_of(tokenizer_home(source))):
+                return source
+        except SafelightError:
+            continue  # not one that can be read; another may be
+    return None
+
+
+def check_tokenizer(source: Source, family: Family) -> tuple[Home, list[str]]:
+    """Return a tokenizer that is given alone, and which of a family's tokenizers it can be.
+
+    Raises SafelightError if it can be none.
+    """
+    home = tokenizer_home(source)
+    found = class_of(home)
+    names = of_class(family, found)
+    if not names:
+        known = " or ".join(dict.fromkeys(c[0] for c in family.tokenizers.values()))
+        raise refusal(source.name, f"a tokenizer of {found or 'no kind we know'}; {known} is read")
+    return home, names
