@@ -179,6 +179,8 @@ def test_a_recipe_cannot_bring_a_picture_itself(name):
 
 def test_a_setting_of_another_program_gets_the_list_of_ours():
     with pytest.raises(SafelightError, match=r"known: prompt, negative_prompt, .*steps"):
+        Request(tiling=True)
+    with pytest.raises(SafelightError, match=r"'num_inference_steps': did you mean steps\?"):
         Request(num_inference_steps=3)
 
 

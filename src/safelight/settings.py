@@ -297,12 +297,23 @@ def explained(request_type: type[Request], error: ValidationError) -> SafelightE
 
 
 def unknown_setting(name: str, known: Mapping[str, Any]) -> SafelightError:
-    """Return the error for a name that is no setting; it suggests the nearest known one."""
-    close = difflib.get_close_matches(name[:40], known, n=1)
+    """Return the error for a name that is no setting; it suggests the nearest known one.
+
+    known: fields or Settings by their names. A name that another program has for one means that.
+    """
+    option = f"--{name[:40].replace('_', '-')}"
+    close = [ours for ours, one in known.items() if option in _about_of(one).aliases]
+    close = close or difflib.get_close_matches(name[:40], known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
     return SafelightError(
         f"there is no setting {shown(name)}: {hint}", code="unknown_setting", field=name[:40]
     )
+
+
+def _about_of(one: Any) -> About:
+    """Return what is known of a field or a Setting."""
+    metadata = (getattr(one, "about", None), *getattr(one, "metadata", ()))
+    return next((found for found in metadata if isinstance(found, About)), About())
 
 
 def shown(value: object) -> str:
