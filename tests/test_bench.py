@@ -53,7 +53,7 @@ def test_step_decode_and_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.networks, "_config", lambda part: dict(UNET))
     monkeypatch.setattr(bench.networks, "SIDE", 8)
-    monkeypatch.setattr("safelight.threads.cores", lambda: 3)
+    monkeypatch.setattr("safelight.processors.cores", lambda: 3)
     before = torch.get_num_threads()
     found = bench.run(["safelight float32"], parts=["threads"], repeat=2)["by threads"]
     assert list(found["seconds"]) == [f"{count} threads" for count in (1, 2, 3, 4, 8, 16)]

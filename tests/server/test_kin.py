@@ -308,9 +308,14 @@ def test_an_editor_has_few_layers() -> None:
     """Each layer is decoded, and one uploaded file may be named thousands of times."""
     layers = [SimpleNamespace(path="x")] * (easel.MAX_LAYERS + 1)
     picture = SimpleNamespace(background=SimpleNamespace(path="x"), layers=layers)
-    for values, named in (([picture, 1, None, 1], "the pic"), ([None, 1, picture, 1], "the con")):
-        with pytest.raises(SafelightError, match=f"{named}.* layers"):
-            asyncio.run(easel.read_easels(values, cast(Any, None), "", Suits()))
+    suits = Suits(controlnet="edges", ip_adapter="face")
+    for place, named in enumerate(
+        ("the picture", "the control image", "the picture of the prompt")
+    ):
+        values = [None, 1, None, 1, None, 1]
+        values[2 * place] = picture
+        with pytest.raises(SafelightError, match=f"{named} must have at most .* layers"):
+            asyncio.run(easel.read_easels(values, cast(Any, None), "", suits))
 
 
 def test_cells_of_a_grid_share_their_picture() -> None:

@@ -39,6 +39,9 @@ They lie in the folder itself or in its `models`, and are compared without regar
 keeps IP-Adapters among the ControlNets.
 """
 
+_INSIDE = {"controlnet": ("ip_adapter",), "ip_adapter": ("image_encoder",)}
+"""What else lies in the folders of a kind; see `_kind_in`."""
+
 PARTS = ("text_encoder", "vae")
 """The kinds of files that lend a model's file what it lacks."""
 
@@ -226,7 +229,7 @@ class Library:
             for path in _members(base):
                 kind = homes.get(path.name.casefold())
                 if kind is not None and path.is_dir():
-                    if only not in (None, kind):
+                    if only not in (None, kind, *_INSIDE.get(kind, ())):
                         continue
                     if path.is_symlink():
                         links.append(path)
