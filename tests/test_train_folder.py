@@ -318,6 +318,7 @@ def test_fine_tuning_teaches_a_colour_and_diffusers_draws_the_same(
     assert apart.max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of diffusers' scheduler
 @pytest.mark.parametrize(
     "settings",
     [

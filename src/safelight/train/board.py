@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from safelight.errors import SafelightError
 from safelight.train.export import writing
 
 _COUNT = count()
@@ -60,6 +61,11 @@ class Board:
             self._file.close()
 
     def _write(self, **values: Any) -> None:
-        with writing(self._folder):
-            self._records.write(self._event(wall_time=time.time(), **values).SerializeToString())
-            self._file.flush()
+        event = self._event(wall_time=time.time(), **values).SerializeToString()
+        try:
+            with writing(self._folder):
+                self._records.write(event)
+                self._file.flush()
+        except SafelightError:
+            self.close()
+            raise
