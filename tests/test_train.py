@@ -294,10 +294,11 @@ def test_a_full_disk_on_the_way_for_the_curves(
         def flush(self) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    add = board.Board.add_scalar
+    add, kept = board.Board.add_scalar, list[Any]()
 
     def failing(self: Any, name: str, value: float, step: int) -> None:
         if step == 8:
+            kept.append(self._file)
             self._file = Full()
         add(self, name, value, step)
 
@@ -305,6 +306,7 @@ def test_a_full_disk_on_the_way_for_the_curves(
     with pytest.raises(SafelightError, match=r"could not be written \(No space left on device\)"):
         train_line(tmp_path / "a")
     monkeypatch.undo()
+    kept[0].close()
     assert torch.equal(train_line(tmp_path / "a"), train_line(tmp_path / "b"))
 
 
