@@ -122,7 +122,8 @@ class Flux2(FlowFamily):
         return {"is_distilled": "base" not in lower} if "klein" in lower else {}
 
     def published_variants(self) -> tuple[FlowFamily, ...]:
-        # A distilled model has the shapes of its base: the index of a folder tells them apart.
+        # A distilled model has the shapes of its base: a folder's index or a file's name tells
+        # them apart.
         return tuple(one for one in VARIANTS if not one.distilled)
 
     def identify(self, header: Header) -> FlowFamily | None:

@@ -1,4 +1,7 @@
-"""List the models, LoRAs, embeddings and autoencoders of this machine, by their headers alone."""
+"""List the models, LoRAs, text encoders, ControlNets and the like of this machine.
+
+Only headers and configs are read.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from safelight.weights.library import PICTURE, Library
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One model, LoRA, embedding or autoencoder.
+    """One file or folder of the catalogue.
 
     kind: a key of `library.SUBFOLDERS`. family: a model's variant, or what a LoRA's
     training says it is for; None if unknown. bytes: on disk. dtypes: of the stored numbers. where:

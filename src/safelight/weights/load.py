@@ -90,11 +90,13 @@ def load_model(
     download: False takes a hub model from the cache alone.
     wildcards_dir: a folder of text files, whose lines `__name__` in a prompt is drawn from.
     styles_file: a styles.csv, as web UIs keep it: words that `styles` puts around prompts.
-    models_dir: the folder in which models, LoRAs, embeddings and autoencoders are found by name
-      (see `safelight.weights.library`), in place of that of SAFELIGHT_MODELS.
-    parts: what a single file takes what it lacks from, text encoders, tokenizers, the autoencoder:
-      the folder of a model or its hub id, a file of text encoders, an autoencoder's file, a
-      tokenizer.json or a folder with one. Of several, each is asked for what still lacks.
+    models_dir: the folder in which models, LoRAs, embeddings, autoencoders, text encoders,
+      ControlNets, IP-Adapters and their image encoders are found by name (see
+      `safelight.weights.library`), in place of that of SAFELIGHT_MODELS.
+    parts: the folders and files that give a single file its missing parts (text encoders,
+      tokenizers, the autoencoder): a model's folder or its hub id, a file of text encoders, an
+      autoencoder's file, a tokenizer.json or a folder with one. Of several, each is asked for what
+      is still missing.
     vae: an autoencoder in place of the model's own: a folder, a file, a name in the models
       folder or a hub id.
     preview_vae: the same, a tiny one, for previews alone, in place of the one that lies in the

@@ -54,8 +54,8 @@ class Plan:
     inside the model to paths. folder: None for a single file. parts: what each network is built
     from. raw: the configs as they were written, the scheduler's too. additions: the networks that
     are not the checkpoint's own, such as another autoencoder or a ControlNet, by their use.
-    lenders: what a single file takes what it lacks from. lacking: the networks and tokenizers that
-    a file lacks nonetheless.
+    lenders: the folders and files that give a single file its missing parts. lacking: the networks
+    and tokenizers that a file lacks nonetheless.
     """
 
     source: Source
@@ -145,7 +145,8 @@ def read_plan(
 
     prediction_type: what the UNet predicts, in place of what the checkpoint says.
     without: parts that a single file need not have, because others take their place.
-    parts: finds what a single file takes what it lacks from; asked if it lacks something.
+    parts: finds the folders and files that give a single file its missing parts; asked if it lacks
+      something.
     partial: a single file may lack parts, as for showing what it holds; see `Plan.lacking`.
 
     Raises SafelightError if it is malformed, or of a kind that is not supported.
