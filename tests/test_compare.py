@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import safelight
-from safelight import Request, SafelightError, cli
+from safelight import Request, SafelightError, cli, compare
 from safelight.compare import MAX_CELLS, Axis, Grid, grid, requests, sheet
 from safelight.model import Model
 from safelight.picture import largest_difference
 from safelight.recipe import parse_recipe_text, read_recipe
+from safelight.server.jobs import Picture, Status
 
 BASE = Request(prompt="a cat", seed=1, steps=2, sampler="euler", guidance_scale=4.0)
 
@@ -68,7 +74,7 @@ class TestAxis:
     def test_refuses(self, text: str, named: str) -> None:
         with pytest.raises(SafelightError, match=named) as caught:
             Axis.parse(text)
-        assert len(str(caught.value)) < 300
+        assert len(str(caught.value)) < 400
 
     def test_labels(self) -> None:
         assert Axis("guidance_scale", (1.0, 7.5)).labels == ["1", "7.5"]
@@ -151,6 +157,25 @@ class TestGrid:
             )
         assert told == []
 
+    def test_cells_of_a_photo_are_shrunk_once_they_are_finished(
+        self, model: Model, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(compare, "MAX_PIXELS", 2 * 100 * 75)
+        photo, mask = Image.new("RGB", (400, 300)), Image.new("L", (400, 300))
+        mask.paste(255, (50, 50, 80, 80))
+        part = {"image": photo, "mask": mask, "mask_padding": 4, "width": 64, "height": 64}
+        told: list[tuple[int, int]] = []
+        made = grid(
+            model,
+            BASE.replace(**part),
+            Axis("guidance_scale", (1.0, 2.0)),
+            on_cell=lambda column, row, picture: told.append(picture.size),
+        )
+        assert told == [(400, 300)] * 2
+        assert [result.images[0].size for result in made.results[0]] == [(100, 75)] * 2
+        assert made.recipe()["size"] == [400, 300]
+        assert made.sheet().width < 400
+
     def test_a_model_of_pixels(self) -> None:
         pixels = safelight.load("embedded-unconditional", device="cpu")
         base = Request(unconditional=True, seed=1, sampler="ddim")
@@ -198,6 +223,29 @@ class TestSheet:
     def test_sizes_may_differ(self) -> None:
         page = sheet([[self.plain((64, 64)), self.plain((64, 128))]], Axis("height", (64, 128)))
         assert self.red(page).sum() == 190 * 190 + 190 * 382
+
+
+class TestStudio:
+    def test_cells_are_shrunk_one_by_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from safelight.studio import compare as studio
+
+        monkeypatch.setattr(compare, "MAX_PIXELS", 2 * 100 * 75)
+        saved = BytesIO()
+        Image.new("RGB", (400, 300)).save(saved, "PNG")
+        recipe = {"settings": BASE.to_dict(), "model": {"name": "m", "sha256": "a" * 64}}
+        recipe |= {"device": "cpu", "dtype": "float32", "warnings": []}
+        picture = Picture(id="p", index=0, seed=1, width=400, height=300, recipe=recipe)
+        hub: Any = SimpleNamespace(root=tmp_path, picture_bytes=lambda _: saved.getvalue())
+        job = SimpleNamespace(status=Status.SUCCEEDED, error=None, pictures=[picture])
+        assert studio._result(hub, job, 0.25).images[0].size == (100, 75)  # type: ignore[arg-type]
+        made: list[Grid] = []
+        monkeypatch.setattr(Grid, "save", lambda grid, path: made.append(grid))
+        studio._sheet(hub, [job] * 2, [Axis("steps", (2, 3))], "me")  # type: ignore[list-item]
+        [(first, second)] = made[0].results
+        assert first.images[0].size == second.images[0].size == (100, 75)
+        assert made[0].recipe()["size"] == [400, 300]
 
 
 class TestCommand:

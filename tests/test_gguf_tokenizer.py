@@ -193,6 +193,7 @@ HOSTILE: dict[str, tuple[Callable[..., Say], dict[str, Any], list[str]]] = {
     "a mark of text": (t5_say, {"unknown_token_id": "-1"}, ["unknown_token_id"]),
     "no charsmap": (t5_say, {"precompiled_charsmap": ["x"]}, ["precompiled_charsmap"]),
     "half a charsmap": (t5_say, {"precompiled_charsmap": b"\xff\xff\xff\x7f"}, ["cut short"]),
+    "a huge charsmap": (t5_say, {"precompiled_charsmap": bytes(2**20 + 4)}, ["over 1048576 bytes"]),
     "too many ids": (t5_say, {"tokens": [*TOKENS, *map(str, range(700))],
                               "scores": [0.0] * 706, "token_type": [1] * 706}, ["600"]),
     "no merges": (qwen_say, {"merges": None}, ["merges"]),

@@ -19,11 +19,12 @@ from safelight.batch.check import Rules
 from safelight.batch.drawing import Drawer
 from safelight.batch.rows import Columns
 from safelight.batch.run import How
+from safelight.cli.generate import _pixels
 from safelight.compare import Axis, grid
 from safelight.engine import Engine
 from safelight.explain.page import page
 from safelight.explain.watch import watch
-from safelight.hires import final_size, steps_to_take
+from safelight.hires import MOST_STEPS, final_size, steps_to_take
 from safelight.model import Model
 from safelight.nets.tiny import AutoencoderTiny, TinyConfig
 from safelight.pixels import resized
@@ -444,6 +445,28 @@ def test_small_models_are_enlarged_alone(
     assert ["in one pass" in note for note in notes] == [True] * (size is not None)
 
 
+@pytest.mark.parametrize(
+    ("asked", "drawn", "size"),
+    [
+        ({"width": 1032, "height": 1024, "hires_scale": 1.9}, (512, 512), (1960, 1944)),
+        ({"width": 1536, "height": 1024, "hires_scale": 1.25}, (624, 416), (1920, 1280)),
+        ({"width": 1024, "height": 1024, "hires_scale": 2.0}, (1024, 1024), None),
+    ],
+)
+def test_a_first_pass_that_is_drawn_smaller_is_enlarged_to_the_asked_size(
+    asked: dict[str, Any], drawn: tuple[int, int], size: Any
+) -> None:
+    request = Request(**asked)
+    fitted, enlarged = fit_to_model(request, (512, 512))
+    assert (fitted.width, fitted.height) == drawn
+    assert fitted.hires_scale == request.hires_scale
+    assert enlarged == size
+    if size is not None:
+        [note] = enlarging_note(request, fitted, enlarged, "m", (512, 512))
+        first, second = "{}x{}".format(*drawn), "{}x{}".format(*final_size(fitted, (512, 512)))
+        assert f"drawn at {first}, again at {second}, and enlarged to" in note
+
+
 # --- what is written about it --------------------------------------------------------------------
 
 
@@ -501,6 +524,24 @@ def settings_in(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
+    ("pairs", "padding"),
+    [
+        ("Inpaint area: Only masked, Masked area padding: 32", 32),
+        ("Inpaint area: Only masked", 0),
+        ("Inpaint area: Whole picture, Masked area padding: 32", None),
+        ("Inpaint area: Whole picture", None),
+        ("Masked area padding: 8", 8),
+    ],
+)
+def test_another_program_s_area_around_a_mask(pairs: str, padding: int | None) -> None:
+    text = f"a cat\nSteps: 20, Sampler: Euler, Masked content: latent nothing, {pairs}"
+    found = settings_in(text)
+    assert found.get("mask_padding") == padding
+    assert found["mask_content"] == "nothing"
+    assert not [name for name in found if name[0].isupper()]
+
+
+@pytest.mark.parametrize(
     ("pairs", "second", "others"),
     [
         (f"{HALF}, Hires upscale: 2, Hires steps: 10", (2, 0.5, 20), set()),
@@ -528,8 +569,14 @@ def test_the_web_ui_counts_the_steps_that_are_taken() -> None:
     for strength in (0.05, 0.29, 0.3, 0.5, 0.7, 0.75, 1.0):
         for steps in range(1, 151):
             found = steps_to_take(steps, strength)
-            assert int(found * strength) == steps
+            if found < MOST_STEPS:
+                assert int(found * strength) == steps
+            else:
+                assert int(found * strength) <= steps
             assert found == 1 or int((found - 1) * strength) < steps
+    Request(hires_scale=2, hires_steps=MOST_STEPS)
+    with pytest.raises(SafelightError, match=f"from 1 to {MOST_STEPS}"):
+        Request(hires_scale=2, hires_steps=MOST_STEPS + 1)
 
 
 def test_sizes_are_rounded_to_what_is_allowed() -> None:
@@ -579,3 +626,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert image.size == (128, 128)
     assert cli.run([*asked, "--hires-scale", "2", "--image", str(out)]) == 2
     assert "hires_scale is for text to image" in capsys.readouterr().err
+
+
+def test_the_room_that_pictures_need_on_the_disk() -> None:
+    assert _pixels(Request(width=64, height=72)) == 64 * 72
+    assert _pixels(Request(hires_scale=1.5)) == 768 * 768
+    photo, mask = Image.new("RGB", (3000, 2000)), Image.new("L", (3000, 2000), 255)
+    part = Request(image=photo, mask=mask, mask_padding=4, width=64, height=64)
+    assert _pixels(part) == 3000 * 2000

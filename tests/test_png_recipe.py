@@ -9,7 +9,14 @@ from PIL import Image, PngImagePlugin
 
 from safelight.errors import SafelightError
 from safelight.picture import save_png
-from safelight.recipe import parse_recipe_text, png_texts, read_recipe, recipe_text
+from safelight.recipe import (
+    is_ip_adapter,
+    parse_recipe_text,
+    png_texts,
+    read_recipe,
+    recipe_text,
+)
+from safelight.studio.recipes import _guided
 
 
 def recipe(**settings):
@@ -72,6 +79,36 @@ class TestText:
         assert parsed["negative_prompt"] == ""
         assert parsed["parameters"]["Model"] == made["model"]["name"]
         assert parsed["parameters"]["Seed"] == "5"
+
+    @pytest.mark.parametrize(("content", "theirs"), [("noise", "latent noise"), ("fill", "fill")])
+    def test_a_part_that_is_drawn(self, content, theirs):
+        """Its size is the one that was drawn, as in the web UI, not that of the whole picture."""
+        part = {"mask_padding": 32, "mask_content": content, "width": 512, "height": 384}
+        made = {**recipe(**part, mask_sha256="a" * 64, strength=0.5), "size": [3000, 2000]}
+        pairs = parse_recipe_text(recipe_text(made))["parameters"]
+        assert pairs["Size"] == "512x384"
+        assert pairs["Inpaint area"] == "Only masked"
+        assert pairs["Masked area padding"] == "32"
+        assert pairs["Masked content"] == theirs
+        whole = {**made, "settings": {**made["settings"], "mask_padding": None}}
+        pairs = parse_recipe_text(recipe_text(whole))["parameters"]
+        assert pairs["Size"] == "3000x2000"
+        assert "Inpaint area" not in pairs
+
+    @pytest.mark.parametrize(
+        ("module", "model", "theirs"),
+        [
+            ("ip-adapter-auto", "looks [0]", True),
+            ("CLIP-ViT-H (IPAdapter)", "x", True),
+            ("none", "ip_adapter_sd15 [0]", True),
+            ("none", "None", False),
+            ("canny", "control_v11p_sd15_canny [0]", False),
+        ],
+    )
+    def test_what_a_unit_is(self, module, model, theirs):
+        assert is_ip_adapter(module, model) == theirs
+        found = _guided(f"Module: {module}, Model: {model}, Weight: 0.5")
+        assert found[f"{'ip_adapter' if theirs else 'control'}_scale"] == 0.5
 
     def test_parse_the_web_uis_own(self):
         parsed = parse_recipe_text(

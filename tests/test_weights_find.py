@@ -346,6 +346,42 @@ def test_shards_of_one_network_are_downloaded(layout):
     assert sorted(layout.files({}, [*files, *others], "x")) == sorted(files)
 
 
+@pytest.mark.parametrize(
+    ("kind", "stem"),
+    [
+        ({"model_type": "clip"}, "model"),
+        ({"model_type": "clip_vision_model"}, "model"),
+        ({"_class_name": "AutoencoderKL"}, "diffusion_pytorch_model"),
+        ({"_class_name": "ControlNetModel"}, "diffusion_pytorch_model"),
+    ],
+)
+def test_the_config_tells_which_network_is_downloaded(
+    kind, stem, hub, tmp_path, monkeypatch, capfd
+):
+    """As errors advise: safelight download laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
+    folder = tmp_path / "network"
+    names = ("config.json", f"{stem}.safetensors", "open_clip_pytorch_model.bin", "README.md")
+    for name in names:
+        write(folder / name, json.dumps(kind))
+    info = SimpleNamespace(
+        sha=COMMIT, siblings=[SimpleNamespace(rfilename=name, size=1) for name in names]
+    )
+    asked = []
+
+    def fetch(repo, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: info)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *a, **k: str(folder / "config.json")
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr("safelight.weights.hub.digest_file", lambda path: None)
+    assert cli.run(["download", "org/tiny"]) == 0, capfd.readouterr()
+    assert sorted(asked) == sorted(names[:2])
+
+
 def test_a_small_model_may_lie_in_the_root(tmp_path):
     folder = pixel_folder(tmp_path / "model")
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):

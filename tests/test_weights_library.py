@@ -87,6 +87,35 @@ def test_a_list_of_models_does_not_read_the_folders_of_other_kinds(root, monkeyp
     assert {entry.kind for entry in Library(root).entries()} == {*COMFY}
 
 
+def test_an_autoencoder_with_what_training_needs_is_one(root):
+    beside = {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}
+    file(root / "kl.ckpt", {**VAE, **beside})
+    below = {f"first_stage_model.{key}": tensor for key, tensor in {**VAE, **beside}.items()}
+    file(root / "whole.sft", {**below, "quant_conv.num_batches_tracked": torch.zeros(1)})
+    file(root / "loss.sft", beside)
+    file(root / "model.sft", {**MODEL, **below})
+    kinds = {entry.file_name: entry.kind for entry in Library(root).entries()}
+    assert kinds == {
+        "kl.ckpt": "vae",
+        "whole.sft": "vae",
+        "loss.sft": "model",
+        "model.sft": "model",
+    }
+    assert Library(root).find("whole", "vae") == Library(root).find("whole.sft", "vae")
+
+
+def test_an_image_encoder_among_the_controlnets_is_listed_alone_too(root):
+    tensors = {"class_embedding": torch.zeros(4), "patch_embedding.weight": torch.zeros(4, 3, 2, 2)}
+    tensors = {f"vision_model.embeddings.{name}": tensor for name, tensor in tensors.items()}
+    file(
+        root / "ControlNet/vit.safetensors", {**tensors, "visual_projection.weight": torch.ones(2)}
+    )
+    library = Library(root)
+    assert [entry.kind for entry in library.entries()] == ["image_encoder"]
+    assert library.entries("image_encoder") == library.entries()
+    assert library.entries("controlnet") == []
+
+
 def test_a_file_in_the_root_is_what_its_content_says(root):
     for kind, tensors in (
         ("lora", LORA),

@@ -15,9 +15,10 @@ from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.unet2d import UNet2DModel
 from safelight.weights import inspect, load, load_model
 from safelight.weights.find import Source
+from safelight.weights.lender import missing
 from safelight.weights.load import pick_device, pick_dtype
 from safelight.weights.names import open_clip_names, unet_names, vae_names
-from safelight.weights.plan import _missing, read_plan
+from safelight.weights.plan import read_plan
 from weights_tiny import FAMILY, change, part_weights, pixel_folder, refused, text_folder, write
 
 
@@ -495,7 +496,7 @@ def test_what_a_file_lacks_never_hides_the_way_to_give_it():
     """An error of a file is cut at 200 characters."""
     for family in FAMILIES:
         lacking = [*family.parts, *family.tokenizers]
-        assert _missing(family, lacking, None).startswith(f"give a folder of {family.title} with")
+        assert missing(family, lacking, ()).startswith(f"give a folder of {family.title}, or")
 
 
 @pytest.mark.parametrize(

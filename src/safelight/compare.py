@@ -42,7 +42,7 @@ SMALLEST_CELL = 192
 """Pixels of the shorter side. Smaller pictures are enlarged by a whole factor, for the labels."""
 
 MAX_PIXELS = 32_000_000
-"""Pixels of all cells together; larger cells are shrunk."""
+"""Pixels of all cells together on the sheet; larger cells are shrunk."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,15 @@ def _cell(base: Request, values: dict[str, Any]) -> Request:
 
 @dataclass(frozen=True)
 class Grid:
-    """The results of a comparison, row by row, each of one picture."""
+    """The results of a comparison, row by row, each of one picture.
+
+    size: of the first cell as it was drawn; None if its picture in the results has that size.
+    """
 
     x: Axis
     y: Axis | None
     results: list[list[Result]]
+    size: tuple[int, int] | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -153,8 +157,10 @@ class Grid:
     def recipe(self) -> dict[str, Any]:
         """Return the first cell's recipe (`Result.recipe`), with the axes under `grid`."""
         axes = [axis for axis in (self.x, self.y) if axis is not None]
+        recipe = self.results[0][0].recipe()
         return {
-            **self.results[0][0].recipe(),
+            **recipe,
+            "size": recipe["size"] if self.size is None else list(self.size),
             "grid": {axis.name: list(axis.values) for axis in axes},
             "warnings": self.warnings,
         }
@@ -188,6 +194,9 @@ def grid(
     on_cell is called with column, row and picture when a cell is finished; on_step after each step
     of a cell, with the number of steps taken and of all steps. Raises SafelightError before the
     first step if a cell is not valid, and later if a cell's values become NaN.
+
+    Where only the part around a mask is drawn, every cell is a whole photo: the results have them
+    shrunk to what the sheet shows; on_cell gets them whole.
     """
     from safelight.engine import Engine
 
@@ -197,6 +206,11 @@ def grid(
         [engine.add(request, (column, row)) for column, request in enumerate(cells)]
         for row, cells in enumerate(asked)
     ]
+    # All by one factor, so that sizes that differ stay in proportion.
+    cells = [request for row in asked for request in row]
+    photos = [one.image.size for one in cells if one.image is not None and one.is_cropped]
+    scale = shown_scale([photos[0]] * len(cells)) if photos else 1.0
+    first: tuple[int, int] | None = None
     taken, steps = 0, sum(ticket.steps for ticket in engine.tickets)
     while engine.busy:
         stepped, finished = engine.step()
@@ -209,13 +223,26 @@ def grid(
             if ticket.image is None:
                 at = [axis.labels[i] for axis, i in ((x, column), (y, row)) if axis is not None]
                 raise SafelightError(f"cell {' × '.join(at):.80}: {ticket.error}")
-            results[row][column].images.append(ticket.image)
+            if column == row == 0:
+                first = ticket.image.size
+            results[row][column].images.append(shrunk(ticket.image, scale))
             if on_cell is not None:
                 on_cell(column, row, ticket.image)
-    return Grid(x, y, results)
+    return Grid(x, y, results, first)
 
 
 # --- the page ------------------------------------------------------------------------------------
+
+
+def shown_scale(sizes: Sequence[tuple[int, int]]) -> float:
+    """Return the factor, at most 1, that brings cells of these sizes to MAX_PIXELS together."""
+    width, height = (max(size[i] for size in sizes) for i in (0, 1))
+    return min(1.0, (MAX_PIXELS / (len(sizes) * width * height)) ** 0.5)
+
+
+def shrunk(picture: Image.Image, scale: float) -> Image.Image:
+    """Return a picture made smaller; itself at scale 1."""
+    return picture if scale == 1 else _scaled(picture, scale)
 
 
 def sheet(
@@ -281,7 +308,7 @@ def sheet(
 
 
 def _scaled(picture: Image.Image, scale: float) -> Image.Image:
-    size = round(picture.width * scale), round(picture.height * scale)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     way = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
     return picture.convert("RGB").resize(size, way)
 

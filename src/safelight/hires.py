@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 HIRES = ("hires_scale", "hires_strength", "hires_steps")
 """The settings of the second pass."""
 
+MOST_STEPS = 1000
+"""The most hires_steps of a request."""
+
 UPSCALER = "Lanczos"
 """What enlarges the picture between the passes, by AUTOMATIC1111's name."""
 
@@ -117,6 +120,23 @@ def first_pass(request: Request) -> Request:
     return request if request.hires_scale == 1 else request.without(*HIRES)
 
 
+def taken(steps: int, strength: float) -> int:
+    """Return how many of some steps a strength leaves to take, as in Stable Diffusion's pipelines.
+
+    Flow models count otherwise: see `Family.steps_taken`.
+    """
+    return max(1, min(int(steps * strength), steps))
+
+
+def of_second_pass(request: Request) -> Request:
+    """Return a request with strength and steps of its second pass, at the size of the first.
+
+    Its steps are known. `Family.steps_taken` says how many of them are taken.
+    """
+    changed = {"strength": request.hires_strength, "steps": request.hires_steps or request.steps}
+    return request.without(*HIRES).model_copy(update=changed)
+
+
 def second_pass(request: Request, native: tuple[int, int], picture: Image | None = None) -> Request:
     """Return the request of the second pass of a resolved request. It is to be `fitted`.
 
@@ -124,41 +144,36 @@ def second_pass(request: Request, native: tuple[int, int], picture: Image | None
     model's own width and height.
     """
     width, height = final_size(request, native)
-    changed: dict[str, Any] = {
-        "width": width,
-        "height": height,
-        "strength": request.hires_strength,
-        "steps": request.hires_steps or request.steps,
-    }
+    changed: dict[str, Any] = {"width": width, "height": height}
     if picture is None:
         request = request.without_pictures()
     else:
         changed["image"] = resized(picture, (width, height))
-    return request.without(*HIRES).model_copy(update=changed)
+    return of_second_pass(request).model_copy(update=changed)
 
 
 # --- AUTOMATIC1111's terms -----------------------------------------------------------------------
 
 
 def steps_to_take(steps: int, strength: float) -> int:
-    """Return the fewest hires_steps of which a strength leaves so many to take.
+    """Return the fewest hires_steps of which a strength leaves so many to take; at most MOST_STEPS.
 
-    AUTOMATIC1111 counts the steps that the second pass takes.
+    AUTOMATIC1111 counts the steps that the second pass takes, of flow models too as `taken` does.
     """
     found = math.ceil(steps / strength)
     near = (found - 1, found)  # the quotient is rounded
-    return next((n for n in near if int(n * strength) >= steps), found + 1)
+    return min(next((n for n in near if int(n * strength) >= steps), found + 1), MOST_STEPS)
 
 
 def second_steps(settings: Mapping[str, Any], steps: int) -> int:
     """Return how many steps the second pass of some settings takes, 0 without one.
 
-    steps: those of the first pass.
+    steps: those of the first pass. They are counted as by `taken`, for text of AUTOMATIC1111 and
+    where the model is not known.
     """
     if settings.get("hires_scale", 1) == 1:
         return 0
-    steps = settings.get("hires_steps") or steps
-    return max(1, min(int(steps * settings["hires_strength"]), steps))
+    return taken(settings.get("hires_steps") or steps, settings["hires_strength"])
 
 
 def infotext(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A PNG holds two of them: exact JSON of our own in the text `safelight`, and AUTO
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ MAX_RECIPE = 256 * 1024
 
 IP_ADAPTER_MODULE = "ip-adapter-auto"
 """What the web UI's ControlNet extension calls the reading of a picture for an IP-Adapter."""
+
+_IP_ADAPTER = re.compile(r"ip[-_]?adapter")
+
+_LATENT = {"noise": "latent noise", "nothing": "latent nothing"}
+"""The web UI's words for what the masked part begins with, where they are not ours."""
 
 USED = ("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder")
 """The keys of a recipe that name files, each by name and SHA-256; `parts` may be a list of them."""
@@ -59,7 +65,7 @@ def recipe_text(recipe: dict[str, Any]) -> str:
         "Schedule type": (settings["schedule"] or "").capitalize(),
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
-        "Size": "{}x{}".format(*_first_size(recipe)),
+        "Size": "{}x{}".format(*first_size(settings, recipe["size"])),
         "Model hash": model["sha256"][:10],
         "Model": model["name"],
     }
@@ -81,6 +87,10 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     if settings.get("prompt_syntax") == "a1111" and settings.get("emphasis") != "original":
         pairs["Emphasis"] = settings["emphasis"].replace("-", " ").capitalize()
     pairs |= {name: value for name, value in told.items() if name not in pairs}
+    if is_cropped(settings):
+        pairs["Inpaint area"] = "Only masked"
+    if (content := pairs.get("Masked content")) in _LATENT:
+        pairs["Masked content"] = _LATENT[content]
     pairs |= infotext(settings)
     if "enlarged" in recipe and "Hires upscale" not in pairs:
         pairs["Hires resize"] = "{}x{}".format(*recipe["enlarged"])
@@ -100,12 +110,28 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _first_size(recipe: dict[str, Any]) -> tuple[int, int]:
-    """Return the size that the web UI gives: of the first pass, where there is a second."""
-    settings, (width, height) = recipe["settings"], recipe["size"]
-    if settings.get("hires_scale", 1) == 1:
+def first_size(
+    settings: dict[str, Any], size: Sequence[int | None]
+) -> tuple[int | None, int | None]:
+    """Return the size that the web UI gives of a picture: what the model drew first.
+
+    size: the picture's, None if it is not known. Where there is a second pass, the first size is
+    that of the first pass, and where the part around a mask is drawn alone, that of the part.
+    """
+    width, height = size
+    if settings.get("hires_scale", 1) == 1 and not is_cropped(settings):
         return width, height
-    return settings["width"] or width, settings["height"] or height
+    return settings.get("width") or width, settings.get("height") or height
+
+
+def is_cropped(settings: dict[str, Any]) -> bool:
+    """Return whether a recipe's settings draw the part around a mask alone."""
+    return settings.get("mask_padding") is not None and settings.get("mask_sha256") is not None
+
+
+def is_ip_adapter(module: str, model: str) -> bool:
+    """Return whether a unit of the ControlNet extension is for an IP-Adapter, by its names."""
+    return any(_IP_ADAPTER.search(name.casefold()) for name in (module, model))
 
 
 def _unit(used: dict[str, str], module: str, name: str, settings: dict[str, Any]) -> str:

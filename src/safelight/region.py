@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from PIL import Image, ImageFilter, ImageOps
 
-from safelight.pixels import resized
+from safelight.pixels import BETWEEN, resized
+from safelight.sizes import size_of
 
 if TYPE_CHECKING:
     from safelight.request import Request
@@ -55,8 +56,8 @@ class Canvas:
         return Image.composite(whole, self.picture, softened(self.mask, self.blur))
 
 
-def softened(mask: Image.Image, blur: float) -> Image.Image:
-    """Return a mask with a soft edge. blur: a radius in pixels."""
+def softened(mask: Image.Image, blur: float | tuple[float, float]) -> Image.Image:
+    """Return a mask with a soft edge. blur: a radius in pixels, or one for each direction."""
     return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
 
 
@@ -65,19 +66,33 @@ def drawn_part(request: Request) -> tuple[Request, Box | None]:
 
     Without mask_padding, that is the request itself, and None.
     """
+    image, (mask, region) = request.image, drawn_mask(request)
+    if image is None or mask is None or region is None:
+        return request, None
+    pictures = {"image": fitting(image.crop(region), mask.size), "mask": mask}
+    if (guide := request.control_image) is not None:
+        # It may have another size than the picture, and lies over all of it.
+        left, top, right, bottom = region
+        box = (
+            *(left * guide.width / image.width, top * guide.height / image.height),
+            *(right * guide.width / image.width, bottom * guide.height / image.height),
+        )
+        shape = right - left, bottom - top
+        pictures["control_image"] = _fitted(guide, box, shape, mask.size)
+    return request.with_pictures(**pictures), region
+
+
+def drawn_mask(request: Request) -> tuple[Image.Image | None, Box | None]:
+    """Return the mask of what is drawn of a resolved request, and the box that `drawn_part` has."""
     image, mask = request.image, request.mask
     if not request.is_cropped or image is None or mask is None:
-        return request, None
+        return mask, None
     size = request.width or image.width, request.height or image.height
-    region = region_of(softened(mask, request.mask_blur), size, request.mask_padding or 0)
-    pictures = {
-        "image": fitting(image.crop(region), size),
-        "mask": fitting(mask.crop(region), size),
-    }
-    if request.control_image is not None:
-        guide = resized(request.control_image, image.size)
-        pictures["control_image"] = fitting(guide.crop(region), size)
-    return request.with_pictures(**pictures), region
+    soft = softened(mask, request.mask_blur)
+    if soft.getbbox() is None:  # a wide blur leaves nothing of a small mask
+        soft = mask
+    region = region_of(soft, size, request.mask_padding or 0)
+    return fitting(mask.crop(region), size), region
 
 
 def region_of(mask: Image.Image, size: tuple[int, int], padding: int) -> Box:
@@ -115,13 +130,38 @@ def fitting(part: Image.Image, size: tuple[int, int]) -> Image.Image:
 
     Beside it, where a region could not be widened, are its stretched pixels; in a mask, black.
     """
-    if part.mode == "L":
+    return _fitted(part, (0, 0, *part.size), part.size, size)
+
+
+def _fitted(
+    picture: Image.Image,
+    box: tuple[float, float, float, float],
+    shape: tuple[int, int],
+    size: tuple[int, int],
+) -> Image.Image:
+    """Return the part of a picture in a box as `fitting` does. shape: says its proportions."""
+    if picture.mode == "L":
         how, whole = Image.Resampling.NEAREST, Image.new("L", size)
     else:
-        how, whole = Image.Resampling.LANCZOS, resized(part, size)
-    left, top, right, bottom = _inner(part.size, size)
-    whole.paste(resized(part, (right - left, bottom - top), how), (left, top))
+        how, whole = Image.Resampling.LANCZOS, _resized(picture, size, box)
+    left, top, right, bottom = _inner(shape, size)
+    whole.paste(_resized(picture, (right - left, bottom - top), box, how), (left, top))
     return whole
+
+
+def _resized(
+    picture: Image.Image,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float],
+    how: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
+    """Return the part of a picture in a box at a size, in as little memory as `pixels.resized`."""
+    left, top, right, bottom = box
+    if size[0] * (bottom - top) > max(picture.width * picture.height, BETWEEN):
+        whole = 0, top, picture.width, bottom
+        picture = picture.resize((picture.width, size[1]), how, whole)
+        box = left, 0, right, size[1]
+    return picture.resize(size, how, box)
 
 
 def _inner(part: tuple[int, int], size: tuple[int, int]) -> Box:
@@ -156,4 +196,32 @@ def unused_inpainting(request: Request) -> list[str]:
         return [f"{name} does nothing without mask: give one as well" for name in given]
     if "mask_content" in given and request.strength_taken == 1:
         found.append("mask_content does nothing at strength 1: give a lower one as well")
+    left = _left_of_mask(request) if request.mask_blur else None
+    if left is not None and left < 0.5:
+        found.append(
+            f"mask_blur {request.mask_blur:g} leaves {100 * left:.0f} % of so small a mask: "
+            "give a smaller one"
+        )
     return found
+
+
+def _left_of_mask(request: Request) -> float | None:
+    """Return the share of white that the blur leaves where it leaves most; None without white."""
+    image, mask, blur = request.image, request.mask, request.mask_blur
+    white = None if mask is None else mask.getbbox()
+    if image is None or mask is None or white is None:
+        return None
+    across = down = 1.0
+    if not request.is_cropped and (request.width or request.height):
+        # The request is not `fitted` yet: the blur counts in pixels of the size to draw.
+        width, height = size_of(image.size, request.width, request.height)
+        across, down = image.width / width, image.height / height
+    # Beyond four radii a blur has no effect: the rest of a large mask need not be blurred.
+    reach = math.ceil(4 * blur * across), math.ceil(4 * blur * down)
+    left, top, right, bottom = white
+    near = (
+        *(max(left - reach[0], 0), max(top - reach[1], 0)),
+        *(min(right + reach[0], mask.width), min(bottom + reach[1], mask.height)),
+    )
+    soft = softened(mask.crop(near), (blur * across, blur * down))
+    return cast("int", soft.getextrema()[1]) / 255

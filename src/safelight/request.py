@@ -21,7 +21,7 @@ from pydantic import (
 from safelight.adapters.asked import MAX_NAME, AskedLora
 from safelight.errors import SafelightError
 from safelight.families.control import OF_PICTURES
-from safelight.hires import check_hires, unused_hires
+from safelight.hires import check_hires, taken, unused_hires
 from safelight.keywords import Pictures, RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
 from safelight.region import unused_inpainting
@@ -214,7 +214,7 @@ class Request(RequestFields, metaclass=_Listed):
     def steps_taken(self) -> int:
         """The steps of a resolved request, without those that strength leaves out."""
         assert self.steps is not None
-        return max(1, min(int(self.steps * (self.strength or 1)), self.steps))
+        return taken(self.steps, self.strength or 1)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
         """Return the same request with these values for settings that are left out or None.

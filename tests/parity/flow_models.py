@@ -7,7 +7,15 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from safelight.prompt.tokenizer import clip_tokenizer
 from tests.parity.sdxl_models import TEXT, VAE
@@ -206,13 +214,14 @@ CHAT = (
 
 
 def qwen_tokenizer(folder: Path) -> None:
-    """Write a small tokenizer of Qwen's kind: bytes, and the marks of a chat."""
+    """Write a small tokenizer of Qwen3's kind: bytes, and the marks of a chat."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    backend.add_tokens([AddedToken(one, normalized=False) for one in ("<think>", "</think>")])
     whole = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|endoftext|>",

@@ -1,7 +1,7 @@
 """Maps of attention in transformers of flow matching, against the scores inside diffusers."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -133,15 +133,23 @@ def test_weights_are_those_inside_diffusers(
             torch.tensor([3.0]),
             list(read.lengths or ()),
         )
-        picture = HEIGHT * WIDTH // family.patch**2
-        with recorded_jointly(family.products(model), picture, family.places) as ours:
+        products, picture = list(family.products(model)), HEIGHT * WIDTH // family.patch**2
+        with ExitStack() as stack:
+            each, [mean] = (
+                [
+                    stack.enter_context(recorded_jointly(some, picture, family.places))
+                    for some in which
+                ]
+                for which in ([[one] for one in products], [products])
+            )
             family.velocity(model, rows)
+            assert mean == []  # there is one sum of all layers
     found, at, text = theirs(name, folders[name], rows, monkeypatch)
-    assert len(ours) == len(found) > 1
-    for mine, other in zip(ours, found, strict=True):
-        expected = other[0, :, at, text].mean(0)
-        assert mine.shape == (1, 1, *expected.shape)
-        torch.testing.assert_close(mine[0, 0], expected, atol=1e-5, rtol=1e-4)
+    assert len(each) == len(found) > 1
+    layers = [other[0, :, at, text].mean(0) for other in found]
+    for mine, expected in zip([*each, mean], [*layers, torch.stack(layers).mean(0)], strict=True):
+        assert [one.shape for one in mine] == [(1, 1, *expected.shape)]
+        torch.testing.assert_close(mine[0][0, 0], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_words_stand_where_their_tokens_are(name: str, folders: dict[str, Path]) -> None:
@@ -157,6 +165,30 @@ def test_words_stand_where_their_tokens_are(name: str, folders: dict[str, Path])
         for mark in ("▁", "Ġ", "</w>"):
             said = said.replace(mark, "")
         assert said in (word.text, word.text * 2)  # by CLIP and by T5
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a red apple, on a table", ["a", "red", "apple,", "on", "a", "table"]),
+        ("it's  An apple!? (red)", ["it's", "An", "apple!?", "(red)"]),
+    ],
+)
+def test_clip_counts_where_marks_follow_words(
+    folders: dict[str, Path], text: str, words: list[str]
+) -> None:
+    """CLIP's words end before a mark, and T5's do not."""
+    model = loaded(folders["sd3"])
+    family: Any = model.family
+    found: list[Word] = family.words(model, text)
+    assert [word.text for word in found] == words
+    length = model.parts["tokenizer"].max_length
+    for word in found:
+        assert min(word.tokens) < length <= max(word.tokens)
+    places = [place for word in found for place in word.tokens]
+    assert len(set(places)) == len(places)
+    clip = model.parts["tokenizer"].encode(text).count
+    assert sum(place < length for place in places) == clip
 
 
 def names_of_tokens(name: str, model: Model) -> list[str]:

@@ -28,7 +28,7 @@ from safelight.server.names import Names
 from safelight.server.on_ray import on_nodes
 from safelight.server.settings import WorkerSettings
 from safelight.studio.run import model_options
-from safelight.weights import inspect, load_model
+from safelight.weights import inspect, load_model, tokenizers
 from safelight.weights.check import Header, TensorInfo
 from safelight.weights.convert import convert
 from safelight.weights.encoder_files import place_encoders, read_encoders
@@ -170,6 +170,19 @@ def test_a_name_tells_turbo_and_else_a_warning(folders: dict[str, Path], files: 
     model = load_model(files / "zimage.safetensors", **CPU, parts=parts)
     assert model.family.name == "z-image-turbo"
     assert not any("which Z-Image it is" in said for said in model.warnings)
+
+
+def test_a_name_counts_before_the_folder_that_lends(folders: dict[str, Path], files: Path) -> None:
+    """Both variants share text encoder and autoencoder: people give the folder that they have."""
+    for name in ("zimage", "turbo"):
+        model = load_model(files / "zimage-turbo.safetensors", **CPU, parts=folders[name])
+        assert model.family.name == "z-image-turbo"
+        assert model.scheduler.shift == 3.0
+        told = [said for said in model.warnings if "as its name says" in said]
+        assert bool(told) == (name == "zimage")
+    assert drawn(files / "zimage-turbo.safetensors", parts=folders["zimage"]) == drawn(
+        files / "zimage-turbo.safetensors", parts=folders["turbo"]
+    )
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -499,6 +512,62 @@ def test_an_installation_around_the_models_folder_has_them(
         assert Names(settings)._parts(own=False).library is not None
 
 
+def test_an_installed_tokenizer_that_does_not_fit_is_passed_over(
+    folders: dict[str, Path], files: Path, tmp_path: Path
+) -> None:
+    """It may have more tokens than the encoder knows, or lack a mark of the chat."""
+
+    def larger(content: dict[str, Any]) -> None:
+        content["model"]["vocab"] |= {f"more{i}": 1000 + i for i in range(400)}
+
+    def unmarked(content: dict[str, Any]) -> None:
+        content["added_tokens"][1]["content"] = "<other>"
+
+    file = files / "zimage-all.safetensors"
+    for number, change in enumerate((larger, unmarked)):
+        root = tmp_path / str(number)
+        install(folders, root, "forge")
+        good = root / "backend/huggingface/Tongyi-MAI/Z-Image/tokenizer"
+        bad = root / "backend/huggingface/A/A/tokenizer"  # comes first
+        shutil.copytree(good, bad)
+        content = tokenizer_content(bad)
+        change(content)
+        (bad / "tokenizer.json").write_text(json.dumps(content))
+        assert Library(root).tokenizers()[0].path == bad
+        model = load_model(file, **CPU, models_dir=root)
+        assert isinstance(model.other_parts, dict)
+        assert model.other_parts["name"] == "Z-Image/tokenizer"
+        shutil.rmtree(good)
+        refused(lambda root=root: load_model(file, **CPU, models_dir=root), "no tokenizer")
+        refused(lambda bad=bad: load_model(file, **CPU, parts=bad), "tokenizer/tokenizer.json")
+
+
+@pytest.mark.parametrize("name", ["flux", "zimage"])
+def test_a_tokenizer_is_read_once_and_not_kept(
+    folders: dict[str, Path],
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    file = files / f"{name}-all.safetensors"
+    GGUF[name][0](folders, tmp_path / "text.gguf")
+    count = []
+    for reads in ("read_json", "read_gguf_lists"):
+        whole = getattr(tokenizers, reads)
+        monkeypatch.setattr(tokenizers, reads, lambda *a, whole=whole: count.append(a) or whole(*a))
+    for part in (tokenizer(folders, name) / "tokenizer.json", tmp_path / "text.gguf"):
+        plan = read_plan(find(file), parts=parts_finder([part]))
+        [home] = [home for lender in plan.lenders for home in lender.homes.values()]
+        assert plan.load_tokenizers()
+        assert len(count) == 1
+        count.clear()
+        kept = [value for value in vars(home).values() if isinstance(value, dict)]
+        assert all(isinstance(one, Path) for each in kept for one in each.values())
+        assert plan.load_tokenizers()  # it is read again
+        count.clear()
+
+
 def test_a_models_folder_on_another_disk(
     folders: dict[str, Path], files: Path, tmp_path: Path
 ) -> None:
@@ -512,13 +581,13 @@ def test_a_models_folder_on_another_disk(
 def test_without_a_tokenizer_the_error_says_what_would_do(
     folders: dict[str, Path], files: Path, tmp_path: Path
 ) -> None:
-    for name, kind in (("flux", "T5"), ("zimage", "Qwen2")):
+    for name, kind in (("flux", "T5"), ("zimage", "Qwen3")):
         words = [
             "--parts",
             f"{kind}'s tokenizer.json",
             "a folder of",
-            "GGUF",
-            "--models-dir ComfyUI",
+            f"{kind} GGUF",
+            "--models-dir ComfyUI's models",
         ]
         file = files / f"{name}-all.safetensors"
         refused(lambda file=file: load_model(file, **CPU), *words)
@@ -739,6 +808,59 @@ def test_names_of_the_models_folder(
     refused(lambda: load_model("flux1-dev", **CPU, **given), "nowhere")
     given["parts"] = ["ae", "clip_l"]
     refused(lambda: load_model("flux1-dev", **CPU, **given), "no text_encoder_2", "several times")
+
+
+def test_verify_hashes_no_file_for_an_installed_tokenizer(
+    folders: dict[str, Path],
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for program in ("comfyui", "forge"):
+        install(folders, tmp_path / program, program)
+        models = tmp_path / program / "models"
+        (models / "vae").mkdir(parents=True)
+        shutil.copyfile(files / "flux-ae.safetensors", models / "vae/ae.safetensors")
+        shutil.copyfile(files / "flux-all.safetensors", models / "flux.safetensors")
+        options = ["--models-dir", str(models)]
+        size = ["--width", "64", "--height", "64", "--steps", "2", "--device", "cpu"]
+        png = str(tmp_path / f"{program}.png")
+        assert cli.run(["generate", "a", "--model", "flux", *options, *size, "--out", png]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Library, "by_hash", lambda *_: pytest.fail("it hashes"))
+            assert cli.run(["verify", png, *options]) == 0
+        # A folder here of that name is not opened for a recipe.
+        (tmp_path / "FLUX.1-dev/tokenizer_2").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "FLUX.1-dev/tokenizer_2/tokenizer.json").write_text("{")
+        monkeypatch.chdir(tmp_path)
+        assert cli.run(["verify", png, *options]) == 0
+
+
+def test_a_whole_clip_and_an_autoencoder_of_training_are_parts(
+    folders: dict[str, Path], files: Path, tmp_path: Path
+) -> None:
+    """In the models folder itself they are found by what they hold."""
+    models = tmp_path / "models"
+    models.mkdir()
+    vision = {f"vision_model.embeddings.{one}": torch.ones(2, 2) for one in ("a", "b.weight")}
+    rewritten(
+        files / "flux-text_encoder.safetensors", models / "whole.safetensors", added(**vision)
+    )
+    training = {
+        "loss.logvar": torch.ones(()),
+        "loss.discriminator.main.0.weight": torch.ones(2, 2),
+        "model_ema.decoderconv_inbias": torch.ones(2),
+    }
+    rewritten(files / "flux-ae.safetensors", models / "kl.sft", added(**training))
+    assert {(e.kind, e.file_name) for e in Library(models).entries()} == {
+        ("image_encoder", "whole.safetensors"),
+        ("vae", "kl.sft"),
+    }
+    parts = ["kl", "whole", files / "flux-text_encoder_2.safetensors", tokenizer(folders, "flux")]
+    given: dict[str, Any] = {"parts": parts, "models_dir": models}
+    assert drawn(files / "flux.safetensors", **given) == drawn(folders["flux"])
+    model = load_model(folders["flux"], **CPU, vae="kl", models_dir=models)
+    assert model.other_vae is not None
 
 
 def test_files_in_the_root_are_what_they_hold(

@@ -226,24 +226,49 @@ def test_the_scheduler_of_the_folder_tells_turbo(
 def test_the_folder_tells_what_is_distilled(
     folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    file = file_of("klein", folders, whole)
+    file = tmp_path / "two.safetensors"
+    shutil.copyfile(file_of("klein", folders, whole), file)
     for name, family in (("klein", "flux2-klein-4b"), ("klein-base", "flux2-klein-base-4b")):
         model = load_model(str(file), device="cpu", parts=folders[name])
         assert model.family.name == family
         assert model.family.distilled == (name == "klein")
         convert(str(file), tmp_path / name, parts=folders[name])
         assert load_model(tmp_path / name, device="cpu").family.name == family
-    [told] = [
-        line
-        for line in convert(str(folders["klein"]), tmp_path / "one.safetensors")
-        if "say" in line
-    ]
-    assert told == "one file does not say that it is flux2-klein-4b: a folder for --parts says it"
+        assert not any("as its name says" in said for said in load_told(file, folders[name]))
+    lost = "one file does not say that it is flux2-klein-4b: "
+    for name, told in (
+        ("one", [f"{lost}a folder for --parts says it"]),
+        ("klein-base", [f"{lost}its name says flux2-klein-base-4b"]),
+        ("klein", []),
+    ):
+        said = convert(str(folders["klein"]), tmp_path / f"{name}.safetensors")
+        assert [line for line in said if "say" in line] == told
     assert inspect(tmp_path / "one.safetensors")["family"] == "flux2-klein-base-4b"
     index = folders["klein"] / "model_index.json"
     wrong = shutil.copytree(folders["klein"], tmp_path / "wrong") / "model_index.json"
     wrong.write_text(index.read_text().replace('"is_distilled": true', '"is_distilled": "no"'))
     refused(lambda: load_model(tmp_path / "wrong", device="cpu"), "is_distilled", "true or false")
+
+
+def load_told(file: Path, parts: Path) -> list[str]:
+    """Return the warnings of loading a file with a folder of parts."""
+    return load_model(str(file), device="cpu", parts=parts).warnings
+
+
+@pytest.mark.parametrize("name", ["flux-2-klein-4b", "flux-2-klein-base-4b"])
+def test_the_name_of_a_file_counts_before_the_folder(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / f"{name}.safetensors"
+    shutil.copyfile(file_of("klein", folders, whole), file)
+    for folder in ("klein", "klein-base"):
+        model = load_model(str(file), device="cpu", parts=folders[folder])
+        assert model.family.distilled == ("base" not in name)
+        told = [said for said in model.warnings if "as its name says" in said]
+        assert bool(told) == (("base" in name) != ("base" in folder))
+        if told:
+            lent = f"as its name says; {folder}, which lends it parts, is of flux2-{folder}-4b"
+            assert told == [f"{name}.safetensors is drawn as {model.family.name}, {lent}"]
 
 
 def test_one_file_does_not_say_that_it_is_turbo(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -19,8 +19,12 @@ from safelight.recipe import read_recipe
 from safelight.weights import load_model
 from safelight.weights.convert import convert
 from safelight.weights.estimate import estimate
+from safelight.weights.find import find, parts_finder
 from safelight.weights.hub import files_of
 from safelight.weights.kinds import kind_of
+from safelight.weights.names_flux2_vae import flux2_vae_folder_name, flux2_vae_names
+from safelight.weights.plan import read_plan
+from tests.gguf_text import llama_file, qwen_metadata, tokenizer_content
 from tests.parity.flow_models import ASKED, DEV, VAE_16, configs, make_klein
 from tests.parity.test_quantised import WHOLE, as_codes, float8_file, gguf_file, per_row
 from tests.weights_tiny import refused
@@ -112,6 +116,35 @@ def test_an_autoencoder_in_each_layout(folder: Path, tmp_path: Path) -> None:
 def test_a_smaller_decoder(folder: Path, tmp_path: Path) -> None:
     vae = other_vae(tmp_path / "other", decoder_block_out_channels=(4, 8, 8, 12))
     assert drawn(folder, vae=vae)[1] != drawn(folder)[1]
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_files_of_a_smaller_decoder(folder: Path, tmp_path: Path, layout: str) -> None:
+    """A file has no config: the decoder's widths are those of its tensors, here and there."""
+    small = tmp_path / "small"
+    make_klein(small, distilled=True, decoder_block_out_channels=(4, 8, 8, 12))
+    files = {}
+    for one in (small, folder):
+        state = load_file(one / "vae" / "diffusion_pytorch_model.safetensors")
+        if layout == "original":
+            config = json.loads((one / "vae" / "config.json").read_text())
+            back = flux2_vae_names(config)
+            names = {ours: theirs for theirs, ours in back.items()}
+            state = {original(key, names): tensor for key, tensor in state.items()}
+        files[one] = tmp_path / f"{one.name}.safetensors"
+        save_file(state, files[one])
+    wanted = {one: drawn(folder, vae=one / "vae")[1] for one in files}
+    assert wanted[small] != wanted[folder]
+    for model in files:
+        for one, file in files.items():
+            assert drawn(model, vae=file)[1] == drawn(model, vae=one / "vae")[1]
+
+
+def original(key: str, names: dict[str, str]) -> str:
+    """Return a key of a folder in the authors' names. names: of modules, from ours to theirs."""
+    ours = flux2_vae_folder_name(key) or key
+    module = max((name for name in names if ours.startswith(f"{name}.")), key=len, default=None)
+    return key if module is None else names[module] + ours.removeprefix(module)
 
 
 def test_autoencoders_of_other_families_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -206,3 +239,64 @@ def test_the_command_line(folder: Path, whole: State, tmp_path: Path, capsys: An
         assert cli.run(["generate", "a red apple", "--model", str(model)]) == 2
         [line] = capsys.readouterr().err.strip().splitlines()
         assert "this is FLUX.2 dev" in line
+
+
+# --- its tokenizer -------------------------------------------------------------------------------
+
+
+def with_words(folder: Path, place: Path, **config: Any) -> Path:
+    """Copy the tokenizer, with settings of its config changed; None removes one."""
+    shutil.copytree(folder / "tokenizer", place)
+    told = json.loads((place / "tokenizer_config.json").read_text()) | config
+    said = {key: value for key, value in told.items() if value is not None}
+    (place / "tokenizer_config.json").write_text(json.dumps(said))
+    return place
+
+
+def test_a_prompt_is_filled_up_with_qwen_s_mark(folder: Path, tmp_path: Path) -> None:
+    """Whatever a file says: a tokenizer.json alone names none, and GGUF files name another."""
+    convert(str(folder), file := tmp_path / "klein-all.safetensors")
+    wanted = drawn(folder)[1]
+    assert drawn(file, parts=folder / "tokenizer/tokenizer.json")[1] == wanted
+    for number, pad in enumerate((None, "<|im_end|>")):
+        place = with_words(folder, tmp_path / f"words-{number}", pad_token=pad)
+        (place / "special_tokens_map.json").unlink(missing_ok=True)
+        assert drawn(file, parts=place)[1] == wanted
+    state = load_file(folder / "text_encoder/model.safetensors")
+    del state["lm_head.weight"]
+    llama_file(tmp_path / "qwen.gguf", state, qwen_metadata(plain_words(folder), 320, pad=259))
+    plan = read_plan(find(file), parts=parts_finder([tmp_path / "qwen.gguf"]))
+    assert plan.load_tokenizers()["tokenizer"].pad == 257
+
+
+def plain_words(folder: Path) -> dict[str, Any]:
+    """Return the tokenizer with one merge, as no list in a GGUF file is empty."""
+    content = tokenizer_content(folder / "tokenizer")
+    content["model"]["vocab"]["re"] = 256
+    content["model"]["merges"] = ["r e"]
+    for told in content["added_tokens"]:
+        told["id"] += 1
+    return content
+
+
+@pytest.mark.parametrize(
+    "mark", ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|endoftext|>"]
+)
+def test_a_mark_of_the_chat_is_one_token(folder: Path, tmp_path: Path, mark: str) -> None:
+    """The tokenizers of older Qwens have no <think>."""
+    convert(str(folder), file := tmp_path / "klein-all.safetensors")
+    place = with_words(folder, tmp_path / "words", pad_token=None, eos_token=None)
+    (place / "special_tokens_map.json").unlink(missing_ok=True)
+    text = (place / "tokenizer.json").read_text(encoding="utf-8")
+    (place / "tokenizer.json").write_text(text.replace(mark, "<other>"), encoding="utf-8")
+    told = json.loads((place / "tokenizer_config.json").read_text())
+    told["tokenizer_class"] = "Qwen2Tokenizer"
+    told.pop("added_tokens_decoder", None)
+    (place / "tokenizer_config.json").write_text(json.dumps(told))
+    refused(lambda: drawn(file, parts=place), f"{mark} is not a single token")
+    home = tmp_path / "comfy/text_encoders/qwen25_tokenizer"
+    shutil.copytree(place, home)
+    refused(lambda: drawn(file, models_dir=tmp_path), "no tokenizer")
+    shutil.copytree(folder / "tokenizer", tmp_path / "backend/huggingface/a/klein/tokenizer")
+    model, _ = drawn(file, models_dir=tmp_path)
+    assert model.other_parts["name"] == "klein/tokenizer"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from safelight import SafelightError
 from safelight.engine import Engine, job
-from safelight.engine.ip_adapter import seen_pixels
+from safelight.engine.ip_adapter import Prompted, seen_pixels
 from safelight.engine.requests import create_job, resolve_request
 from safelight.families.sd import VARIANTS as SD_VARIANTS
 from safelight.families.sdxl import VARIANTS as SDXL_VARIANTS
@@ -448,6 +448,33 @@ def test_a_picture_is_encoded_once(models: dict[str, Path], root: Path) -> None:
     assert len(calls) == 3
 
 
+def test_pictures_of_a_request_share_what_they_read(
+    models: dict[str, Path], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full-face adapter's keys and values take megabytes, and there may be 64 pictures."""
+    model = loaded(models, root / "sd1-full.safetensors")
+    engine = Engine(model)
+    asked: dict[str, Any] = {**TEXTS, "seed": 1, "steps": 3, "guidance_scale": 5.0}
+    engine.add(Request(**asked, count=3, guidance_end=0.5, ip_adapter_image=picture()))
+    prompted = [ticket.job.prompted for ticket in engine.tickets]
+    read = {one.read for one in prompted if one is not None}
+    assert len(prompted) == 3
+    assert len(read) == 1
+    [rows] = read
+    assert len(rows) == 2
+    for one in prompted:
+        assert one is not None
+        for evaluations in (1, 2):
+            mine = one.rows(evaluations)
+            assert len(mine) == evaluations
+            last = mine.pairs[0][0].untyped_storage().data_ptr()
+            assert last == rows.pairs[0][0].untyped_storage().data_ptr()
+    monkeypatch.delattr(Prompted, "rows")  # whose turn it is needs none of them
+    for ticket in engine.tickets:
+        assert ticket.rows == 2
+        assert ticket.work_left == len(ticket.table.rows) * 2 * ticket.size
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -498,6 +525,14 @@ def test_the_image_encoder_is_found(
     encoder(whole / "image_encoder")
     found = read_ip_adapter(whole, file).additions["image_encoder"]
     assert found.source.path == whole / "image_encoder"
+    # By paths from where one is: a name alone, and one above.
+    encoder(published / "sdxl_models" / "image_encoder")
+    (file.parent / "sub").mkdir()
+    for place, name in ((file.parent, file.name), (file.parent / "sub", "../one.safetensors")):
+        monkeypatch.chdir(place)
+        found = read_ip_adapter(models["sd1"], name).additions["image_encoder"]
+        assert found.source.path.samefile(published / "sdxl_models" / "image_encoder")
+    (file.parent / "sub").rmdir()
     library = tmp_path / "library"
     encoder(library / "clip_vision" / "mine")
     (library / "ControlNet").mkdir()
@@ -544,6 +579,7 @@ def test_a_file_of_a_repository(
     for name, told in (
         ("h94/IP-Adapter", "may be a repository of many IP-Adapters: give the place of a file"),
         ("h94/IP-Adapter/models/more.safetensors", "to get it: hf download h94/IP-Adapter models/"),
+        ("models/ip/more.pth", "no more.pth in the hub cache, and there is no such file here; to"),
         ("nothing", "no ip adapter 'nothing'"),
     ):
         with pytest.raises(SafelightError, match=told):
@@ -632,7 +668,7 @@ def test_what_is_refused(models: dict[str, Path], root: Path, tmp_path: Path) ->
         return str(found.value)
 
     base, plus = (load_file(root / f"sd1-{kind}.safetensors") for kind in ("base", "plus"))
-    numbers = torch.zeros(4, 4)
+    numbers, scalar = torch.zeros(4, 4), torch.zeros(())
     proj = {f"image_proj.{name}.weight": numbers.clone() for name in ("norm", "proj.0")}
     read = {name: one for name, one in base.items() if name.startswith("ip_adapter")}
     for more in (
@@ -654,6 +690,8 @@ def test_what_is_refused(models: dict[str, Path], root: Path, tmp_path: Path) ->
     assert "number 3 differs" in refused(
         {key: one for key, one in base.items() if not key.startswith("ip_adapter.5.")}
     )
+    for number in (1, 5):
+        assert "does not fit" in refused({**base, f"ip_adapter.{number}.to_k_ip.weight": scalar})
     xl = root / "xl-base.safetensors"
     assert "for text states of 40 numbers does not fit" in refused(xl)
     assert "give the file of an IP-Adapter that lies in it" in refused(root)

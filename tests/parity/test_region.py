@@ -6,7 +6,8 @@ import pytest
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageChops, ImageDraw
 
-from safelight.region import Canvas, filled, fitting, region_of
+from safelight.region import Canvas, drawn_mask, drawn_part, filled, fitting, region_of
+from safelight.request import Request
 
 SIZES = [(64, 64), (512, 512), (768, 512), (512, 768), (1024, 64)]
 
@@ -87,3 +88,72 @@ def test_a_filled_mask_has_the_colours_around_it() -> None:
     assert found.getpixel((100, 50))[1] < 20  # type: ignore[index]
     whole = filled(picture, Image.new("L", picture.size, 255))
     assert whole.getcolors() == [(20000, (128, 128, 128))]
+
+
+def test_a_guide_lies_over_the_picture_and_is_not_enlarged_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may be smaller than the picture, of other proportions, and the part at its edge."""
+    picture = Image.new("RGB", (900, 600))
+    rng = random.Random(3)
+    pixels = bytes(rng.randrange(256) for _ in range(60 * 60 * 3))
+    guide = Image.frombytes("RGB", (60, 60), pixels).resize((120, 120), Image.Resampling.BICUBIC)
+    asked = Request(prompt="a", mask_padding=8, width=96, height=64)
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(image: Image.Image, size: tuple[int, int], *how: object) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, *how)  # type: ignore[arg-type]
+
+    for box in ((0, 200, 899, 259), (10, 20, 40, 50), (860, 560, 899, 599)):
+        asked = asked.with_pictures(picture, mask_with((900, 600), box), control_image=guide)
+        whole = guide.resize(picture.size, Image.Resampling.LANCZOS)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "resize", noted)
+            part, region = drawn_part(asked)
+        assert region is not None
+        assert part.control_image is not None
+        expected = fitting(whole.crop(region), (96, 64))
+        difference = ImageChops.difference(part.control_image, expected).getextrema()
+        assert max(most for _, most in difference) <= 16  # type: ignore[misc]
+        assert drawn_mask(asked)[1] == region
+        assert drawn_mask(asked)[0].tobytes() == part.mask.tobytes()  # type: ignore[union-attr]
+    assert max(width * height for width, height in sizes) <= 96 * 64
+
+
+def test_a_high_guide_takes_little_memory_on_its_way() -> None:
+    picture, mask = Image.new("RGB", (64, 64)), mask_with((64, 64), (0, 0, 63, 63))
+    asked = Request(prompt="a", mask_padding=0, width=512, height=512)
+    guide = Image.new("RGB", (8, 200_000), "red")
+    asked = asked.with_pictures(picture, mask, control_image=guide)
+    part = drawn_part(asked)[0].control_image
+    assert part is not None
+    assert part.getcolors() == [(512 * 512, (255, 0, 0))]
+
+
+@pytest.mark.parametrize(
+    ("side", "blur", "told"),
+    [
+        (40, 64, "mask_blur 64 leaves 5 % of so small a mask: give a smaller one"),
+        (1, 64, "mask_blur 64 leaves 0 % of so small a mask: give a smaller one"),
+        (40, 4, None),
+        (2, 0, None),
+    ],
+)
+def test_a_blur_that_washes_a_mask_away_is_told(side: int, blur: float, told: str | None) -> None:
+    picture, end = Image.new("RGB", (512, 512)), 200 + side - 1
+    mask = mask_with(picture.size, (200, 200, end, end))
+    asked = Request(prompt="a", mask_padding=8, mask_blur=blur, width=64, height=64)
+    asked = asked.with_pictures(picture, mask)
+    assert asked.unused_settings() == ([told] if told else [])
+    _, region = drawn_mask(asked)
+    assert region is not None
+    assert region[2] - region[0] < 512  # not the whole picture, as without white
+    # Of the whole picture the blur counts at the size that is drawn.
+    large = Request(prompt="a", mask_blur=4, width=64, height=64).with_pictures(picture, mask)
+    assert len(large.unused_settings()) == 1
+    full = Request(prompt="a", mask_blur=blur).with_pictures(
+        picture, Image.new("L", (512, 512), 255)
+    )
+    assert full.unused_settings() == []

@@ -229,6 +229,23 @@ def test_a_unit_beside_a_picture_to_start_from() -> None:
     assert warnings == ["alwayson_scripts: ControlNet has a unit without a picture"]
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_a_unit_beside_a_part_that_is_drawn(mode: int) -> None:
+    """It lies over the whole picture, from which the part around the mask is taken."""
+    start, mask = edges((150, 100)), Image.new("L", (150, 100))
+    mask.paste(255, (5, 45, 15, 55))
+    asked = Request(image=start, mask=mask, mask_padding=0, width=64, height=64)
+    body = ImageToImage(**unit(resize_mode=mode), init_images=[as_base64(start)])
+    found, _ = unit_of(body, "edges")
+    assert found is not None
+    request = found.guided(asked, start, (64, 64))
+    assert request.control_image is not None
+    assert request.control_image.tobytes() == start.tobytes()
+    large, spot = Image.new("RGB", (3000, 2000)), Image.new("L", (3000, 2000))
+    asked = Request(image=large, mask=spot, mask_padding=0)
+    assert found.guided(asked, start, (64, 64)).control_image.size == large.size  # type: ignore[union-attr]
+
+
 def test_a_large_picture_of_a_unit(server: Inside) -> None:
     """A decoder's process reads a body of megabytes, and leaves out pictures that nobody reads."""
     noise = Image.effect_noise((1600, 1600), 90)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -262,6 +263,14 @@ def test_what_a_body_means(plan: Plan, body: dict[str, Any], wanted: tuple[Any, 
         ({"hr_checkpoint_name": "other"}, "hr_checkpoint_name: the second pass has the model of"),
         ({"hr_scale": 1}, "enable_hr: drawn in one pass, as hr_scale is 1"),
         (
+            {"hr_resize_x": 256},
+            "enable_hr: drawn in one pass, as hr_resize_x and hr_resize_y are the size of the",
+        ),
+        (
+            {**SMALL, "denoising_strength": 0.01},
+            "denoising_strength: second pass: of 1000 steps, the most, 0.01 leaves 10, not 20",
+        ),
+        (
             {"width": 512, "height": 512, "hr_resize_x": 768, "hr_resize_y": 1024},
             "hr_resize: 1024x1024 in place of 768x1024, in the picture's proportions",
         ),
@@ -277,16 +286,42 @@ def test_what_is_drawn_otherwise_is_said(plan: Plan, body: dict[str, Any], told:
     ("body", "told"),
     [
         ({"hr_scale": 5}, "hires_scale must be a number from 1 to 4"),
-        ({"width": 512, "height": 512, "hr_resize_x": 256}, "hires_scale must be a number from 1"),
+        (
+            {"width": 512, "height": 256, "hr_resize_x": 256},
+            "hr_resize_x must be from 512, the width of the first pass, to 2048, not 256",
+        ),
+        (
+            {"width": 64, "height": 64, "hr_resize_x": 64, "hr_resize_y": 257},
+            "hr_resize_y must be from 64, the height of the first pass, to 256, not 257",
+        ),
         ({"width": 1024, "height": 64, "hr_scale": 4}, "sides must be at most 2048"),
-        ({"width": 1024, "height": 64, "hr_resize_x": 4096}, "sides must be at most 2048"),
-        ({"denoising_strength": 0}, "hires_strength must be a number above 0"),
+        (
+            {"width": 1024, "height": 64, "hr_resize_x": 4096},
+            "hr_resize_x must be from 1024, the width of the first pass, to 2048, not 4096",
+        ),
+        ({**SMALL, "denoising_strength": 0}, "hires_strength must be a number above 0"),
         ({"denoising_strength": 2}, "hires_strength must be a number above 0"),
     ],
 )
 def test_what_is_out_of_range(plan: Plan, body: dict[str, Any], told: str) -> None:
     with pytest.raises(SafelightError, match=told):
         hires(plan, **body)
+
+
+def test_a_small_model_that_enlarges_alone_refuses_nothing_of_a_second_pass(plan: Plan) -> None:
+    asked: dict[str, Any] = {"enable_hr": True, "sampler_name": "Euler", "steps": 20}
+    for more, size in (
+        ({"hr_resize_x": 1080, "hr_resize_y": 1080}, (1080, 1080)),  # more than 4 times 256
+        ({"denoising_strength": 0}, (512, 512)),
+        ({"denoising_strength": 0.01}, (512, 512)),
+    ):
+        found = fitted(understand(TextToImage(**asked, **more), plan), "embedded", (256, 256))
+        assert (found.request.width, found.request.height) == (256, 256)
+        assert (found.request.hires_scale, found.size) == (1, size)
+        [told] = found.warnings
+        assert told.endswith("and enlarged to {}x{}".format(*size))
+    with pytest.raises(SafelightError, match="hr_resize_x must be from 64, the width"):
+        understand(TextToImage(**asked, **SMALL, hr_resize_x=264), None)  # nobody knows the model
 
 
 def test_a_model_that_only_workers_have() -> None:
@@ -328,8 +363,12 @@ def test_the_form_has_its_fields() -> None:
     import gradio as gr
 
     suits = Suits()
-    with gr.Blocks():
-        form = Form(suits)
+
+    async def made() -> Form:  # without a loop Gradio makes one and leaves it open
+        with gr.Blocks():
+            return Form(suits)
+
+    form = asyncio.run(made())
     fields = {field.elem_id: field for field in form.fields if field.elem_id}
     assert (fields["hires_scale"].value, fields["hires_strength"].value) == (1, 0.5)
     assert fields["hires_steps"].placeholder == "as steps"

@@ -443,6 +443,16 @@ class TestStream:
         assert pixels(partial.b64_json).size == wanted
         assert partial.size == "{}x{}".format(*wanted)
 
+    def test_a_preview_of_a_second_pass_has_the_size_of_the_picture(self, client, service):
+        service.info = ModelInfo(name="tiny", width=512, height=512, ready=True)
+        asked = {"prompt": "a", "size": "64x72", "extra_body": {"hires_scale": 1.5}}
+        service.pause = 4
+        with client.images.generate(**asked, stream=True, partial_images=1) as stream:
+            partial = next(stream)
+            service.resume()
+        assert pixels(partial.b64_json).size == (96, 112)
+        assert partial.size == "96x112"
+
     def test_previews_that_come_late_are_not_made_up_for(self, client, service):
         service.first_preview = 5
         with client.images.generate(prompt="a", stream=True, partial_images=3) as stream:

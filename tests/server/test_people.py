@@ -250,6 +250,15 @@ def test_pixel_steps_are_of_the_size_to_draw(asked: Any, picture: Any, drawn: An
     assert cost(request, 5, (256, 256)) == 2 * 2 * 5 * drawn[0] * drawn[1] // 256**2
 
 
+def test_a_part_that_is_drawn_costs_its_whole_picture_once_for_each_result() -> None:
+    """Each result is as large as the picture, whatever the size of the part."""
+    image, mask = Image.new("RGB", (2000, 1000)), Image.new("L", (2000, 1000), 255)
+    asked: dict[str, Any] = {"prompt": "a cat", "width": 64, "height": 64, "count": 3}
+    request = Request(image=image, mask=mask, mask_padding=4, guidance_scale=4, **asked).fitted()
+    assert pixel_steps(request, 5, (256, 256)) == 3 * (5 * 64 * 64 + 2_000_000)
+    assert cost(request, 5, (256, 256)) == round(3 * (2 * 5 * 64 * 64 + 2_000_000) / 256**2)
+
+
 def test_a_data_folder_that_is_none_is_not_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

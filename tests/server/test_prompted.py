@@ -157,6 +157,18 @@ def test_a_unit_of_automatic1111s_extension(server: Inside) -> None:
     assert settings["image_sha256"] == settings["ip_adapter_image_sha256"]
 
 
+@pytest.mark.parametrize("model", ["looks", "Looks [0123abcd]"])
+def test_a_unit_is_told_by_the_name_of_the_adapter(server: Inside, model: str) -> None:
+    """The name that /controlnet/model_list has; the module may be none."""
+    guiding = {"image": as_base64(edges((128, 128))), "module": "none", "model": "edges"}
+    for units in ([unit(module="none", model=model)], [guiding, unit(module="", model=model)]):
+        answer = server.ask("POST", "/sdapi/v1/txt2img", body(*units))
+        assert answer.status == 200, answer.body
+        recipe = read_recipe(base64.b64decode(answer.json()["images"][0]))
+        assert recipe["ip_adapter"]["name"] == "looks"
+        assert ("controlnet" in recipe) == (len(units) == 2)
+
+
 def test_a_unit_that_asks_for_what_is_not_here(server: Inside) -> None:
     for fields, told in (
         ({"model": "ip-adapter_sd15"}, b"there is no model 'ip-adapter_sd15', only 'looks'"),

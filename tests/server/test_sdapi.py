@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
+from datetime import UTC, datetime
 
 import numpy
 import pytest
@@ -22,9 +22,13 @@ from sd_parsers import ParserManager
 
 from safelight.picture import encode
 from safelight.recipe import read_recipe
+from safelight.request import Request
+from safelight.result import Result
 from safelight.server import bodies, caged
+from safelight.server.apis.sdapi import _told
+from safelight.server.apis.sdapi_bodies import Asked, ImageToImage
 from safelight.server.decoder import Sent
-from safelight.server.jobs import ModelInfo
+from safelight.server.jobs import Job, ModelInfo, Picture
 from safelight.server.names import Names
 from safelight.server.settings import WorkerSettings
 from safelight.weights.find import MODELS
@@ -726,6 +730,19 @@ class TestImageToImage:
             asked = service.requests[-1]
             assert asked.image.size == asked.mask.size == (300, 200)
             assert (asked.width, asked.height) == ((64, 64) if side else (None, None))
+
+    def test_the_told_size_of_a_part_is_the_one_that_is_drawn(self):
+        body = ImageToImage(init_images=["x"], mask="x")
+        mask, image = Image.new("L", (300, 200), 255), Image.new("RGB", (300, 200))
+        request = Request(image=image, mask=mask, mask_padding=0, width=64, height=72)
+        told = [image], [1], request.to_dict() | {"steps": 1}, "tiny", "a" * 64, "cpu", "float32"
+        recipe = Result(*told).recipe()
+        made = Picture(id="p", index=0, seed=1, width=300, height=200, recipe=recipe)
+        job = Job(id="j", status="succeeded", created_at=datetime.now(UTC), settings={})
+        info = ModelInfo(name="tiny", width=64, height=64)
+        found = json.loads(_told(body, Asked(request, None, [], {}), job, [made], info)["info"])
+        assert (found["width"], found["height"]) == (64, 72)
+        assert "Size: 64x72" in found["infotexts"][0]
 
     def test_other_things_that_are_not_done(self, call):
         body = {"init_images": [encoded(Image.new("RGB", (64, 64)))]}

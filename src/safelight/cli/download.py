@@ -31,10 +31,11 @@ def download(
     ] = None,
     models_dir: options.ModelsDir = None,
 ) -> None:
-    """Download a model or an autoencoder from the hub.
+    """Download a model or one of its parts from the hub.
 
-    Tells the sizes first, resumes a download that was cut short, fetches only files that are read,
-    and checks each file's digest. Prints the folder.
+    A part is an autoencoder, a ControlNet or the image encoder of an IP-Adapter. Tells the sizes
+    first, resumes a download that was cut short, fetches only files that are read, and checks each
+    file's digest. Prints the folder.
     """
     from safelight.weights import hub
     from safelight.weights.find import HUB_ID

@@ -58,8 +58,7 @@ def generate(
     fitted = request.fitted()  # before the model is loaded, which takes long
     _check_networks(loading, request)
     seeds = range(request.seed, request.seed + request.count)
-    need = (request.width or 512) * (request.height or 512) * 4 * request.count
-    need = int(need * request.hires_scale**2)
+    need = _pixels(request) * 4 * request.count
     paths = output_paths(out, seeds, overwrite=overwrite)
     for path in paths:
         check_writable(path, overwrite=overwrite, need=need)
@@ -86,6 +85,13 @@ def generate(
                 _print(run.made, as_json=as_json)
             raise
     _report(run.result, as_json=as_json, show=show)
+
+
+def _pixels(request: "Request") -> int:
+    """Return about how many pixels each picture has."""
+    if request.is_cropped and request.image is not None:
+        return request.image.width * request.image.height
+    return int((request.width or 512) * (request.height or 512) * request.hires_scale**2)
 
 
 def _check_networks(loading: Loading, request: "Request") -> None:

@@ -268,14 +268,21 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
         return None
     library, name, sha256 = open_library(models_dir), used["name"], used["sha256"]
     looked = kind if kind in ("vae", "controlnet", "ip_adapter") else "model"
+    installed = None
     if kind == "parts" and library is not None:
-        looked = next((home for home in PARTS if library.matches(name, home)), looked)
+        homes = (*PARTS, "model", "image_encoder")
+        looked = next((home for home in homes if library.matches(name, home)), "")
+        if not looked:
+            looked = "model"
+            installed = next((e for e in library.tokenizers() if e.name == name), None)
     if looked == "model" and name in BUILT_IN:
         return name
     here = on_disk(name)
     plain = Path(name).name == name and name != ".." and not name.startswith("~")
     hub_id = HUB_ID.fullmatch(name) if ".." not in name else None
     own = plain and here is not None and here.path.is_dir()  # what generate takes first
+    if installed is not None:  # no file is hashed for a tokenizer
+        return name if own else str(installed.path)
     if library is not None:
         named = library.matches(name, looked)
         # A folder's hash is made of all its files when they are loaded.

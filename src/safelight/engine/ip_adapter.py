@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,27 +33,18 @@ _WIDEST = 16
 class Prompted:
     """What the steps of one picture read of another, which is their prompt.
 
-    positive: what is read beside the prompt, one row. negative: beside the negative prompt; None if
-    the picture has none. request: says how much it counts, and when.
+    read: what is read at a step with guidance, a row for each evaluation; of several, the first is
+    beside the negative prompt. Pictures with the same prompt share it, as it may take megabytes.
+    request: says how much it counts, and when.
     """
 
-    positive: ImagePrompt
-    negative: ImagePrompt | None
+    read: ImagePrompt
     request: Request
-    _rows: dict[int, ImagePrompt] = field(default_factory=dict)
 
     def rows(self, evaluations: int) -> ImagePrompt:
-        """Return what so many evaluations read, of which the first of several is the negative one.
-
-        Equal calls return the same object.
-        """
-        if evaluations not in self._rows:
-            rows = [self.positive] * max(1, evaluations - 1)
-            if evaluations > 1 and self.negative is not None:
-                rows = [self.negative, *rows]
-            found = joined(rows).scaled(self.request.ip_adapter_scale)
-            self._rows[evaluations] = found
-        return self._rows[evaluations]
+        """Return what is read in all evaluations, or in the one of a step without guidance."""
+        read = self.read if evaluations == len(self.read) else self.read.last()
+        return read.scaled(self.request.ip_adapter_scale)
 
 
 def prompts(request: Request, row: int, rows: int) -> bool:
@@ -73,20 +65,25 @@ def read_prompted(
     if image is None:
         return None
     size = model.image_encoder.config.image_size
+    digest = picture_sha256(image)
 
-    def kept(picture: Image.Image | None) -> ImagePrompt:
-        key = "ip_adapter_image", None if picture is None else picture_sha256(picture)
+    def kept(key: tuple[str | int, ...], make: Callable[[], ImagePrompt]) -> ImagePrompt:
+        def made() -> Conditioning:
+            return Conditioning(image=make())
 
-        def make() -> Conditioning:
-            pixels = None if picture is None else seen_pixels(picture, size)
-            return Conditioning(image=_read(model, pixels))
-
-        found = (make() if cached is None else cached(key, make)).image
+        found = (made() if cached is None else cached(("ip_adapter_image", *key), made)).image
         assert found is not None
         return found
 
-    negative = kept(None) if evaluations > 1 else None
-    return Prompted(kept(image), negative, request.without_pictures())
+    def positive() -> ImagePrompt:
+        return kept((digest,), lambda: _read(model, seen_pixels(image, size)))
+
+    def all_rows() -> ImagePrompt:
+        negative = kept((), lambda: _read(model, None))
+        return joined([negative, *[positive()] * (evaluations - 1)])
+
+    read = positive() if evaluations == 1 else kept((digest, evaluations), all_rows)
+    return Prompted(read, request.without_pictures())
 
 
 def _read(model: Model, pixels: Tensor | None) -> ImagePrompt:

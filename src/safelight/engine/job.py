@@ -92,10 +92,19 @@ class Job:
         """The conditioning of the next row."""
         return self.asked_at(self.cursor)
 
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network at the next row."""
+        return self._texts_at(self.cursor).evaluations
+
+    def _texts_at(self, cursor: int) -> Conditioning:
+        """Return the conditioning of a row without pictures."""
+        return self.kept.asked(self._stage_at(cursor), cursor, len(self.table.rows))
+
     def asked_at(self, cursor: int) -> Conditioning:
         """Return the conditioning of a row."""
         rows = len(self.table.rows)
-        found = self.kept.asked(self._stage_at(cursor), cursor, rows)
+        found = self._texts_at(cursor)
         if (prompted := self._prompted_at(cursor)) is not None:
             found = replace(found, image=prompted.rows(found.evaluations))
         control = self.control if self._second_at(cursor) is None else None
@@ -124,7 +133,7 @@ class Job:
     def plan(self, model: Model) -> Plan:
         """Return what the next row reuses from earlier ones. model: the one that takes the row."""
         rows = len(self.table.rows)
-        return self.kept.plan(self.cursor, rows, id(model), self.asked.evaluations, self.words)
+        return self.kept.plan(self.cursor, rows, id(model), self.evaluations, self.words)
 
     def model_at(self, cursor: int, first: Model) -> Model:
         """Return the model that takes a row. first: the model of the first row."""

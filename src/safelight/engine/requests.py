@@ -20,7 +20,7 @@ from safelight.machine import describe_machine
 from safelight.picture import to_tensor
 from safelight.prompt.dynamic import draw
 from safelight.prompt.styles import apply_styles
-from safelight.region import Canvas, drawn_part, filled
+from safelight.region import Canvas, drawn_mask, drawn_part, filled
 from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
@@ -172,7 +172,7 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
             if not any(counts(resolved, row, rows) for row in range(rows)):
                 found.append(f"{told}_scale, _start and _end")
     found += _without_effect(model, asked, resolved)
-    if (mask := drawn_part(resolved)[0].mask) is not None and mask.getbbox() is not None:
+    if (mask := drawn_mask(resolved)[0]) is not None and mask.getbbox() is not None:
         cell = model.family.factor(model)
         if to_tensor(mask)[..., ::cell, ::cell].max() < 0:  # the pixels that count
             found.append(

@@ -104,7 +104,7 @@ class Ticket:
     @property
     def rows(self) -> int:
         """Rows that its next step has in a call of the network."""
-        return self.job.asked.evaluations if self.prepared else self.evaluations
+        return self.job.evaluations if self.prepared else self.evaluations
 
     @property
     def load(self) -> float:

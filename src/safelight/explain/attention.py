@@ -71,25 +71,31 @@ def recorded_jointly(
 ) -> Iterator[list[Tensor]]:
     """Record the attention of a picture to its text in these products of a transformer.
 
-    Yields a list that fills with float32 [1, 1, positions, tokens], the mean over a product's
-    heads. What a position sums up to over the tokens is less than 1, as the rest is on the picture.
-    picture: its number of tokens. places: see `FlowFamily.places`. One picture is drawn within the
-    block; the products' results do not change.
+    Yields a list that has one tensor after the block: float32 [1, 1, positions, tokens], the mean
+    over all heads of all products. What a position sums up to over the tokens is less than 1, as
+    the rest is on the picture. picture: its number of tokens. places: see `FlowFamily.places`. One
+    picture is drawn within the block; the products' results do not change.
     """
     found: list[Tensor] = []
+    added: list[Tensor] = []  # one sum: those of all products take hundreds of megabytes
+    calls = 0
 
     def look(product: Any, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal calls
         q, k, _ = inputs
         at, text = places(picture, k.shape[2])
         total = torch.zeros(picture, len(range(*text.indices(k.shape[2]))), device=q.device)
         for queries, keys in zip(q[0, :, at].float(), k[0].float(), strict=True):
             scores = queries @ keys.T * q.shape[-1] ** -0.5  # of one head: all may not fit
             total += torch.softmax(scores, dim=-1)[:, text]
-        found.append(total[None, None] / q.shape[1])
+        total /= q.shape[1]
+        added[:] = [total + added[0] if added else total]
+        calls += 1
 
     handles = [product.register_forward_pre_hook(look) for product in products]
     try:
         yield found
+        found += [total[None, None] / calls for total in added]
     finally:
         for handle in handles:
             handle.remove()

@@ -58,6 +58,10 @@ _BEFORE = "<|im_start|>user\n"
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """What Qwen3's chat template puts around a user's message, for an answer without thinking."""
 
+_PAD = "<|endoftext|>"
+_MARKS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", _PAD)
+"""What must be one token each. Tokenizers of older Qwens have no <think>."""
+
 _DISTILLED = MappingProxyType({"sampler": "euler", "steps": 4, "guidance_scale": 1.0})
 _BASE = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale": 4.0})
 """The settings of the published folders; the second are the defaults of diffusers' pipeline."""
@@ -175,7 +179,11 @@ class Flux2(FlowFamily):
         if folder is None:
             return {}
         vocabulary = configs["text_encoder"].vocab_size
-        return {"tokenizer": folder_text_tokenizer(folder, vocabulary, "tokenizer")}
+        found = folder_text_tokenizer(folder, vocabulary, "tokenizer", _MARKS)
+        # The states of the filling are read, too. A tokenizer.json alone names no token for it, and
+        # GGUF files name others.
+        found.pad = found.pieces(_PAD)[0].id
+        return {"tokenizer": found}
 
     # --- drawing -----------------------------------------------------------------------------
 

@@ -191,7 +191,7 @@ class StableDiffusion3(FlowFamily):
         return tokenizers["tokenizer"]
 
     def words(self, model: Model, text: str) -> list[Word]:
-        from safelight.prompt.places import words_of
+        from safelight.prompt.places import joined_to, words_of
         from safelight.prompt.reading import Word
 
         first = words_of(model.parts["tokenizer"], text)
@@ -199,10 +199,11 @@ class StableDiffusion3(FlowFamily):
             return first
         second, length = super().words(model, text), model.parts["tokenizer"].max_length
         moved = [Word(one.text, [length + n for n in one.tokens]) for one in second]
-        # CLIP and T5 read the same words, unless a text is too long for CLIP or has odd marks.
-        if [one.text for one in first] != [one.text.lower() for one in second]:
+        # CLIP and T5 read the same words, unless a text is too long for CLIP or has odd letters.
+        same = joined_to(first, [one.text for one in second])
+        if same is None:
             return moved
-        both = zip(first, moved, strict=True)
+        both = zip(same, moved, strict=True)
         return [Word(b.text, a.tokens + b.tokens) for a, b in both]
 
     def encode_text(self, model: Model, text: str) -> Conditioning:

@@ -35,6 +35,9 @@ _SIDE = 1024
 _BEFORE, _AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 """What Qwen3's chat template puts around a user's message, for an answer that may think first."""
 
+_MARKS = ("<|im_start|>", "<|im_end|>")
+"""What must be one token each."""
+
 _TURBO = MappingProxyType({"sampler": "euler", "steps": 8, "guidance_scale": 1.0})
 _BASE = MappingProxyType({"sampler": "euler", "steps": 50, "guidance_scale": 5.0})
 """The settings of the published folders. The guidance scale of diffusers' pipeline is 1 less."""
@@ -113,7 +116,7 @@ class ZImage(FlowFamily):
         if folder is None:
             return {}
         vocabulary = configs["text_encoder"].vocab_size
-        return {"tokenizer": folder_text_tokenizer(folder, vocabulary, "tokenizer")}
+        return {"tokenizer": folder_text_tokenizer(folder, vocabulary, "tokenizer", _MARKS)}
 
     # --- drawing -----------------------------------------------------------------------------
 

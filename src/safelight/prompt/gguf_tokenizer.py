@@ -27,6 +27,9 @@ _NORMAL, _UNKNOWN, _CONTROL, _ADDED, _UNUSED, _BYTE = range(1, 7)
 _EXTRA = 100
 """T5's marks of left-out words. They follow its vocabulary, and SentencePiece's file lacks them."""
 
+_CHARSMAP = 2**20
+"""Bytes of the largest table of characters. T5's has a quarter of that."""
+
 _MARK = "▁"
 
 
@@ -149,6 +152,8 @@ def _t5(
     charsmap = lists.get(f"{_GGML}precompiled_charsmap")
     if charsmap is not None and not isinstance(charsmap, bytes):
         raise refusal(name, "precompiled_charsmap is no list of bytes")
+    if charsmap and len(charsmap) > _CHARSMAP:
+        raise refusal(name, f"precompiled_charsmap has over {_CHARSMAP} bytes")
     normalizer = None
     if charsmap:
         text = base64.b64encode(charsmap).decode()

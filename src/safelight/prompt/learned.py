@@ -24,7 +24,7 @@ MARK = "embedding:"
 
 _MARK = re.compile(rf"(?:(?<=\s)|\A){MARK}")
 _NAME = re.compile(r"\s*+([^\s<\[]*+)")
-_ENDINGS = (".safetensors", ".pt", ".bin", ".png")
+_ENDINGS = (".safetensors", ".sft", ".pt", ".bin", ".png")
 
 Group = list[int]
 """Token ids that a tool moves to another chunk together."""

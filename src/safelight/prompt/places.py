@@ -14,6 +14,23 @@ def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
     return words_of_chunks(tokenizer, chunks_of(tokenizer, ((Piece(prompt),),), "plain"))
 
 
+def joined_to(words: Sequence[Word], wholes: Sequence[str]) -> list[Word] | None:
+    """Return words, in lower case, joined to these longer ones; None if their letters differ.
+
+    CLIP has "apple" and "," where others have "apple,".
+    """
+    found: list[Word] = []
+    rest = iter(words)
+    for whole in map(str.lower, wholes):
+        text, tokens = "", list[int]()
+        while len(text) < len(whole) and (word := next(rest, None)) is not None:
+            text, tokens = text + word.text, tokens + word.tokens
+        if text != whole:
+            return None
+        found.append(Word(text, tokens))
+    return found if next(rest, None) is None else None
+
+
 def words_of_chunks(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> list[Word]:
     """Return the words of chunks that follow each other, in lower case.
 

@@ -7,7 +7,7 @@ library runs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -105,12 +105,15 @@ class TextTokenizer:
         )
 
 
-def folder_text_tokenizer(folder: Folder, vocab_size: int, part: str) -> TextTokenizer:
+def folder_text_tokenizer(
+    folder: Folder, vocab_size: int, part: str, marks: Collection[str] = ()
+) -> TextTokenizer:
     """Return the tokenizer in a part of a model folder, from its tokenizer.json.
 
     Qwen's may be in vocab.json and merges.txt instead. tokenizer_config.json is read too, for the
     padding token and for tokens that were added.
-    vocab_size: how many ids the text encoder knows.
+    vocab_size: how many ids the text encoder knows. marks: texts that must be one token each, such
+      as those of a chat.
 
     Raises SafelightError, one line, for a file that is unusable or asks for a step that Safelight
     does not run.
@@ -128,7 +131,11 @@ def folder_text_tokenizer(folder: Folder, vocab_size: int, part: str) -> TextTok
     _add_tokens(backend, folder, part, _listed(content, name), config, vocab_size)
     prefix, suffix = affixes(content.get("post_processor"), name, vocab_size)
     pad = _pad(backend, folder, part, content, config)
-    return TextTokenizer(backend, prefix=prefix, suffix=suffix, pad=pad, label=name)
+    found = TextTokenizer(backend, prefix=prefix, suffix=suffix, pad=pad, label=name)
+    for text in marks:
+        if [piece.name for piece in found.pieces(text)] != [text]:
+            raise refusal(name, f"{text} is not a single token, as the model's text encoder needs")
+    return found
 
 
 def _qwen(folder: Folder, part: str, config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.hires import HIRES, about_second_pass, final_size, second_steps
+from safelight.hires import about_second_pass, final_size, of_second_pass
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
 from safelight.weights.plan import Plan
@@ -34,7 +33,7 @@ def steps_of(request: Request, plan: Plan | None) -> int:
             second = request.hires_steps or steps
             with about_second_pass():
                 check(sampler, second, request.schedule, request.spacing, strength=strength)
-    whole = steps + second_steps(_hires(request), steps)
+    whole = steps + _second_steps(request, steps, plan)
     if whole * request.count > MAX_STEPS:
         raise SafelightError(
             f"steps × count must be at most {MAX_STEPS}, not {whole * request.count}",
@@ -43,31 +42,49 @@ def steps_of(request: Request, plan: Plan | None) -> int:
     return steps
 
 
-def _hires(request: Request) -> dict[str, Any]:
-    return {name: getattr(request, name) for name in HIRES}
+def _second_steps(request: Request, steps: int, plan: Plan | None) -> int:
+    """Return the steps that the second pass takes, 0 without one. steps: of the first pass."""
+    if request.hires_scale == 1:
+        return 0
+    again = of_second_pass(request.model_copy(update={"steps": steps}))
+    return again.steps_taken if plan is None else plan.family.steps_taken(again)
 
 
-def pixel_steps(request: Request, steps: int, native: tuple[int, int]) -> int:
+def pixel_steps(
+    request: Request, steps: int, native: tuple[int, int], plan: Plan | None = None
+) -> int:
     """Return width × height × steps × pictures. native: the model's own width and height.
 
     A picture that is given counts at its own size, the size to draw once the request is `fitted`.
-    A second pass counts at its size, with the steps that it takes.
+    A second pass counts at its size, with the steps that it takes. Where only the part around a
+    mask is drawn, each pixel of the whole picture counts once beside it: the result is as large.
+    plan: the model's, None if it is not known.
     """
+    return (_drawn(request, steps, native, plan) + _laid_back(request)) * request.count
+
+
+def _drawn(request: Request, steps: int, native: tuple[int, int], plan: Plan | None) -> int:
+    """Return the pixels that the network draws for one picture, over all steps."""
     width, height = native if request.sized_by is None else request.sized_by.size
     width, height = request.width or width, request.height or height
-    taken = width * height * steps
-    if second := second_steps(_hires(request), steps):
-        taken += math.prod(final_size(request, native)) * second
-    return taken * request.count
+    drawn = width * height * steps
+    if second := _second_steps(request, steps, plan):
+        drawn += math.prod(final_size(request, native)) * second
+    return drawn
+
+
+def _laid_back(request: Request) -> int:
+    """Return the pixels of the picture that a drawn part is laid back into."""
+    return 0 if request.image is None or not request.is_cropped else math.prod(request.image.size)
 
 
 def cost(request: Request, steps: int, native: tuple[int, int], plan: Plan | None = None) -> int:
     """Return a job's cost: rows of the network, counted in pictures of the model's own size.
 
-    plan: the model's, None if it is not known.
+    The whole picture around a part that is drawn counts as in `pixel_steps`. plan: the model's,
+    None if it is not known.
     """
     once = plan is not None and plan.family.takes_guidance(plan)
-    rows = pixel_steps(request, steps, native) * (
-        2 if request.guidance_scale > 1 and not once else 1
-    )
-    return max(1, round(rows / (native[0] * native[1])))
+    calls = 2 if request.guidance_scale > 1 and not once else 1
+    pixels = _drawn(request, steps, native, plan) * calls + _laid_back(request)
+    return max(1, round(pixels * request.count / (native[0] * native[1])))

@@ -249,7 +249,7 @@ class Hub:
                 owner=owner,
                 model=name,
                 webhook=webhook,
-                pixel_steps=pixel_steps(request, steps, native),
+                pixel_steps=pixel_steps(request, steps, native, plan),
                 trace=tracing.here(),
             )
         )

@@ -31,15 +31,14 @@ def fit_to_model(
     if request.sized_by is not None and (request.width is None) != (request.height is None):
         return request, None  # the engine keeps the picture's proportions
     size = request.width or own[0], request.height or own[1]
-    if request.hires_scale > 1 and is_small(native):
-        whole = final_size(request, native)
-        if drawable_size(whole, native) != whole:
-            request, size = request.without(*HIRES), whole
+    whole = final_size(request, native)
+    if request.hires_scale > 1 and is_small(native) and drawable_size(whole, native) != whole:
+        request, size = request.without(*HIRES), whole
     drawn = drawable_size(size, native)
     if drawn == size:
         return request, None
     # Of a picture that is cropped to its mask, only the part that is drawn has this size.
-    return request.replace(width=drawn[0], height=drawn[1]), None if request.is_cropped else size
+    return request.replace(width=drawn[0], height=drawn[1]), None if request.is_cropped else whole
 
 
 def enlarging_note(
@@ -56,9 +55,11 @@ def enlarging_note(
     if size is None:
         return []
     once = "" if request.hires_scale == asked.hires_scale else "in one pass "
+    drawn = f"{once}at {request.width}x{request.height}"
+    if request.hires_scale > 1:
+        drawn += ", again at {}x{},".format(*final_size(request, native))
     return [
-        f"{model} draws {native[0]}x{native[1]}: drawn {once}at "
-        f"{request.width}x{request.height} and enlarged to {size[0]}x{size[1]}"
+        f"{model} draws {native[0]}x{native[1]}: drawn {drawn} and enlarged to {size[0]}x{size[1]}"
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from safelight.compare import SETTINGS, Axis, Grid, requests
+from safelight.compare import SETTINGS, Axis, Grid, requests, shown_scale, shrunk
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
 from safelight.result import Result
@@ -120,25 +120,28 @@ def _sheet(hub: Hub, jobs: list[Job], axes: list[Axis], owner: str) -> tuple[str
             why = job.error or "it was cancelled"
             raise SafelightError(f"a cell of the grid was not drawn: {why}")
     columns = len(axes[0].values)
-    results = [_result(hub, job) for job in jobs]
+    # Shrunk one by one: whole photos, as those around a mask are, would take much memory.
+    sizes = [(job.pictures[0].width, job.pictures[0].height) for job in jobs]
+    scale = shown_scale(sizes)
+    results = [_result(hub, job, scale) for job in jobs]
     rows = [results[i : i + columns] for i in range(0, len(results), columns)]
     folder = hub.root / "grids" / owner
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{new_id()}.png"
-    grid = Grid(axes[0], axes[1] if len(axes) > 1 else None, rows)
+    grid = Grid(axes[0], axes[1] if len(axes) > 1 else None, rows, sizes[0])
     grid.save(path)
     return f"grids/{owner}/{path.name}", grid.warnings
 
 
-def _result(hub: Hub, job: Job) -> Result:
-    """Return the result of a cell's job."""
+def _result(hub: Hub, job: Job, scale: float) -> Result:
+    """Return the result of a cell's job. scale: its picture is shrunk to it."""
     picture = job.pictures[0]
     data = hub.picture_bytes(picture.id)
     if data is None:
         raise SafelightError("a cell of the grid was deleted before the last was drawn")
     recipe = picture.recipe
     return Result(
-        images=[open_picture(data)],
+        images=[shrunk(open_picture(data), scale)],
         seeds=[picture.seed],
         settings=recipe["settings"],
         model=recipe["model"]["name"],

@@ -11,7 +11,7 @@ from safelight.errors import SafelightError
 from safelight.hires import UPSCALER, steps_to_take
 from safelight.keywords import MaskContent
 from safelight.picture import opened
-from safelight.recipe import parse_recipe_text, read_recipe
+from safelight.recipe import is_ip_adapter, parse_recipe_text, read_recipe
 from safelight.sampler_names import SPACINGS, sampler_and_schedule
 from safelight.sampling import SAMPLERS
 from safelight.server.caged import exif_comment
@@ -47,7 +47,7 @@ _OF_UNIT = {"weight": "scale", "guidance start": "start", "guidance end": "end"}
 
 _APART = (
     *("Model", "Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes"),
-    *("Version", "Prompt syntax", "Emphasis", "Size", *_UNITS),
+    *("Version", "Prompt syntax", "Emphasis", "Size", "Inpaint area", *_UNITS),
 )
 """Names that are not settings, or are read elsewhere."""
 
@@ -102,6 +102,7 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
         found |= _networks(found, pairs)
     for unit in _UNITS:
         found |= _guided(pairs[unit]) if unit in pairs else {}
+    found |= _area(pairs, found)
     read = (*names, *_APART)
     if again:
         found |= (second := _second_pass(pairs, found))
@@ -110,6 +111,14 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
     if others.get("Hires upscaler") == UPSCALER and again:
         del others["Hires upscaler"]
     return others | found
+
+
+def _area(pairs: dict[str, str], found: dict[str, Any]) -> dict[str, Any]:
+    """Return the padding around a mask, None if the pairs say that the whole picture is drawn."""
+    area = pairs.get("Inpaint area", "").lower()
+    if area == "only masked":
+        return {"mask_padding": found.get("mask_padding", 0)}
+    return {"mask_padding": None} if area and "mask_padding" in found else {}
 
 
 def _second_pass(pairs: dict[str, str], first: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def _guided(unit: str) -> dict[str, Any]:
     pairs = {
         name.lower(): value for name, _, value in (p.partition(": ") for p in unit.split(", "))
     }
-    prompts = pairs.get("module", "").lower().startswith("ip-adapter")
+    prompts = is_ip_adapter(pairs.get("module", ""), pairs.get("model", ""))
     kind = "ip_adapter" if prompts else "control"
     found: dict[str, Any] = {f"{kind}_image_sha256": ""}
     for name, end in _OF_UNIT.items():

@@ -111,7 +111,7 @@ def convert(
                 _write_file(new, plan, tensors, originals)
             else:
                 _write_folder(new, plan, tensors, beside)
-            told = _check_written(new, plan, "one file" if single else "a folder")
+            told = _check_written(new, plan, path.name if single else None)
             if single and beside:
                 lost = sorted({name.partition("/")[0] for name in beside})
                 told.append(f"one file does not hold the model's {' and '.join(lost)}")
@@ -314,12 +314,16 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 # --- the check of the result ---------------------------------------------------------------------
 
 
-def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
+def _check_written(path: Path, plan: Plan, name: str | None) -> list[str]:
     """Read what was written; raise SafelightError if it is another model, return what it lacks.
 
-    layout: what to call it in errors.
+    name: that a single file will have; None for a folder.
     """
     again = read_plan(Source(plan.source.name, path), partial=True)
+    layout, family = "a folder" if name is None else "one file", again.family
+    named = {} if name is None else family.named_index(name)
+    if named:
+        family = family.variant(again.configs, named, again.raw["scheduler"])
     configs = plan.configs.items()
     # Of some families only a folder tells variants apart; what is lost of it is told below.
     elsewhere = plan.family.told_by_scheduler or plan.family.told_by_index
@@ -347,8 +351,9 @@ def _check_written(path: Path, plan: Plan, layout: str) -> list[str]:
         if getattr(plan.scheduler, key) != getattr(again.scheduler, key)
     ]
     told = [f"{layout} does not hold the scheduler's {', '.join(lost)}"] if lost else []
-    if plan.family.told_by_index and again.family is not plan.family:
-        told.append(f"{layout} does not say that it is {plan.family}: a folder for --parts says it")
+    if plan.family.told_by_index and family is not plan.family:
+        way = f"its name says {family}" if named else "a folder for --parts says it"
+        told.append(f"{layout} does not say that it is {plan.family}: {way}")
     return told
 
 

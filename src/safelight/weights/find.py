@@ -33,7 +33,7 @@ PREVIEWS = "preview_vae"
 """The subfolder with a model's own tiny autoencoder for previews; diffusers ignores it."""
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
 """A hub id: "org/name", or "org/name@revision" with a branch, a tag or a commit."""
-IN_REPOSITORY = re.compile(rf"{HUB_ID.pattern}/(\w[\w./-]*\.(?:safetensors|bin))")
+IN_REPOSITORY = re.compile(rf"{HUB_ID.pattern}/(\w[\w./-]*\.(?:safetensors|bin|pth))")
 """A file of a repository: a hub id, and the file's place in it."""
 
 

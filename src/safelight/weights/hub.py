@@ -155,6 +155,16 @@ CONTROLNET = Layout("config.json", _network_files("controlnet"))
 IMAGE_ENCODER = Layout("config.json", _network_files("image_encoder", "model"))
 
 
+def _files_of_one(index: Mapping[str, Any], names: Collection[str], where: str) -> list[str]:
+    """Return which of a repository's files a network is read from, whose config tells its kind."""
+    encodes = index.get("model_type") in ("clip", "clip_vision_model")
+    return (IMAGE_ENCODER if encodes else VAE).files(index, names, where)
+
+
+NETWORK = Layout("config.json", _files_of_one)
+"""Of an autoencoder, a ControlNet or an image encoder."""
+
+
 def parts_for(file: Path, lacking: Collection[str], given: Sequence[str] = ()) -> Layout:
     """Return the layout of a repository that lends a single file what it lacks.
 
@@ -211,7 +221,7 @@ def file_in_cache(repo: str, revision: str | None, file: str) -> Path:
         return Path(found)
     which = f" --revision {revision}" if revision else ""
     get = f"hf download {repo} {shlex.quote(file)}{which}"
-    raise _missing(repo, f"has no {file} in the hub cache", get)
+    raise _missing(repo, f"has no {file} in the hub cache, and there is no such file here", get)
 
 
 def download(
@@ -221,11 +231,11 @@ def download(
 
     What is there already stays, and a download that was cut short goes on. tell: called with a line
     about the sizes before it begins. layout: what is read of the repository; by default it may be a
-    whole model or an autoencoder.
+    whole model, or one network of the kinds of NETWORK.
 
     Raises SafelightError if it cannot be downloaded, or if a file is not what the hub says it is.
     """
-    layouts = (MODEL, VAE) if layout is None else (layout,)
+    layouts = (MODEL, NETWORK) if layout is None else (layout,)
     folder = _fetch(repo, revision, layouts, _command(repo, revision, layouts[0]), tell)
     for path in sorted(folder.rglob("*")):
         if path.is_file():

@@ -68,8 +68,9 @@ def candidates(adapter: Path, model: Plan, library: Library | None) -> Iterable[
     adapter: the file of the IP-Adapter. The published repository has two folders, `models` and
     `sdxl_models`, each with an image_encoder, which files of the other need, too.
     """
-    home = adapter.parent
-    folders = [home, home.parent / "models", home.parent / "sdxl_models"]
+    home = adapter.absolute().parent  # a name alone has no parent
+    above = home / ".." if home.name == ".." else home.parent
+    folders = [home, above / "models", above / "sdxl_models"]
     if model.folder is not None:
         folders.append(model.source.path)
     for folder in dict.fromkeys(folders):

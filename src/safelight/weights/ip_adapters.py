@@ -116,9 +116,8 @@ def _raw_config(header: Header, model: Plan) -> dict[str, Any]:
             f"are {unet.cross_attention_dim}",
         )
     widths = unet.cross_attentions
-    found = tuple(shapes.get(f"{_ADAPTER}{2 * i + 1}.to_k_ip.weight", (0,))[0] for i in range(
-        max(len(widths), len(keys))
-    ))  # fmt: skip
+    places = [f"{_ADAPTER}{2 * i + 1}.to_k_ip.weight" for i in range(max(len(widths), len(keys)))]
+    found = tuple((shapes.get(key) or (0,))[0] for key in places)
     if found != widths:
         differ = next(i for i, _ in enumerate(found) if found[: i + 1] != widths[: i + 1])
         raise refusal(

@@ -15,6 +15,10 @@ _ADAPTER = re.compile(
     r"|\.(lora_(A|B|up|down|mid|linear_layer)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
 )
 _VAE = re.compile(r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.|bn\.)")
+# What `vae_file` passes over: tensors of training, and constants that some writers add.
+_BESIDE_VAE = re.compile(
+    r"(vae\.|first_stage_model\.)?(loss|model_ema)\..*|.*\bnum_batches_tracked"
+)
 _CONTROLNET = (
     *("control_model.", "input_hint_block.", "controlnet_cond_embedding."),
     "lora_controlnet",  # a Control-LoRA, which loading refuses by its name
@@ -56,7 +60,8 @@ def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
         name.startswith(_DENOISER) for name in tensors
     ):
         return "text_encoder"
-    if all(_VAE.match(name) for name in tensors):
+    own = [name for name in tensors if not _BESIDE_VAE.fullmatch(name)]
+    if own and all(_VAE.match(name) for name in own):
         return "vae"
     # A tiny autoencoder's layers are numbered in one list.
     if all(re.match(r"\d+\.(conv\.\d\.|skip\.)?(weight|bias)$", name) for name in tensors):

@@ -98,12 +98,22 @@ def borrow(
         encoder, library = name.replace("tokenizer", "text_encoder"), finder.library
         if encoder in lacking or library is None:
             continue
-        source = installed_for(library, file.family, name)
-        if source is not None:
-            home, _ = check_tokenizer(source, file.family)
+        found = installed_for(library, file.family, name, _text_configs(file, lenders))
+        if found is not None:
+            source, home = found
             lenders.append(Lender(source, Networks({}, {}, {}), {name: home}))
             lacking = [other for other in lacking if other != name]
     return lenders, lacking, unused
+
+
+def _text_configs(file: Borrower, lenders: Sequence[Lender]) -> dict[str, Any]:
+    """Return the configs of the text encoders, of the file's own and of those that are lent."""
+    parts, raw = dict(file.family.parts), dict(file.configs)
+    for lender in lenders:
+        parts |= lender.networks.parts
+        raw |= lender.networks.raw
+    names = [name for name in raw if name.startswith("text_encoder")]
+    return {name: read_config(file.source, parts[name], raw[name]) for name in names}
 
 
 def read_lender(source: Source, file: Borrower, lacking: Collection[str]) -> Lender | None:
@@ -200,7 +210,8 @@ def _homes(
 def missing(family: Family, names: Sequence[str], lenders: Sequence[Lender]) -> str:
     """Return what to say of a file that lacks parts."""
     if all(name in family.tokenizers for name in names):
-        kind = family.tokenizers[names[0]][0].partition("Tokenizer")[0]
+        part = family.parts[names[0].replace("tokenizer", "text_encoder")]
+        kind = next(kind.title for kind in kinds_of(family) if kind.module == part.module)
         return (
             f"no {listed(names)} in the file; --parts takes {kind}'s tokenizer.json, a folder of "
             f"{family.title} or a {kind} GGUF; --models-dir ComfyUI's models"
@@ -216,7 +227,7 @@ def missing(family: Family, names: Sequence[str], lenders: Sequence[Lender]) -> 
     way = f"give a folder of {family.title}, or their files, with --parts"
     if names == ["vae"]:
         way = "give one with --vae"
-    return f"no {listed(names)}{known} in the file; {way}"
+    return f"{way}: the file has no {listed(names)}{known}"  # what is cut off is the list
 
 
 def listed(names: Sequence[str], word: str = "and") -> str:

@@ -39,7 +39,7 @@ They lie in the folder itself or in its `models`, and are compared without regar
 keeps IP-Adapters among the ControlNets.
 """
 
-_INSIDE = {"controlnet": ("ip_adapter",), "ip_adapter": ("image_encoder",)}
+_INSIDE = {"controlnet": ("ip_adapter", "image_encoder"), "ip_adapter": ("image_encoder",)}
 """What else lies in the folders of a kind; see `_kind_in`."""
 
 PARTS = ("text_encoder", "vae")
@@ -53,7 +53,7 @@ _ABOVE = 2
 GGUF = ".gguf"
 """The ending of models and text encoders in few bits. Nothing else is read from such files."""
 
-ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", GGUF)
+ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", GGUF)
 PICTURE = ".png"
 """The ending of a picture, which may hold an embedding."""
 
@@ -62,7 +62,7 @@ IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 MAX_DEPTH = 8
 MAX_FILES = 100_000
-_FACTS = "facts-5"
+_FACTS = "facts-6"
 """The name of what `facts_of` remembers. Raise the number when `kind_of` changes its answers."""
 
 
@@ -157,16 +157,19 @@ class Library:
         """Return what a name means for the parts of a model, None if nothing has it.
 
         A model's folder comes first, then a text encoder, an autoencoder, an installed tokenizer,
-        and any other model. Raises SafelightError if several of a kind have the name.
+        any other model, and an image encoder, which may be a whole CLIP. Raises SafelightError if
+        several of a kind have the name.
         """
-        models = self.matches(name, "model")
-        if any(entry.path.is_dir() for entry in models):
+        if any(entry.path.is_dir() for entry in self.matches(name, "model")):
             return self.find(name, "model")
         for kind in PARTS:
             if self.matches(name, kind):
                 return self.find(name, kind)
         installed = (entry for entry in self.tokenizers() if entry.name == name)
-        return next(installed, None) or (self.find(name, "model") if models else None)
+        if (found := next(installed, None)) is not None:
+            return found
+        last = next((kind for kind in ("model", "image_encoder") if self.matches(name, kind)), None)
+        return None if last is None else self.find(name, last)
 
     def tokenizers(self) -> list[Entry]:
         """Return the tokenizers that an installation of ComfyUI or Forge around the folder has.

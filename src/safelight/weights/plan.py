@@ -97,7 +97,10 @@ class Plan:
         lent = self._lent_tokenizers
         if lent is None:
             return self.family.load_tokenizers(self.folder, self.configs)
-        return self.family.load_tokenizers(lent, self.configs, lent.tokenizers)
+        try:
+            return self.family.load_tokenizers(lent, self.configs, lent.tokenizers)
+        finally:
+            lent.drop()
 
     @property
     def all_files(self) -> dict[str, Mapping[str, Path]]:
@@ -246,18 +249,11 @@ def _file_plan(
             f"drawn without {listed(left_out)}, because {printable(header.name, 60)} has no "
             f"{listed(lacking)}; a folder of {family.title} with it can be given with --parts"
         )
-    settings = next((one.scheduler for one in lenders if one.scheduler is not None), None)
-    if settings is None:
-        settings = family.named_scheduler(header.name, file.scheduler)
-    index = next((one.folder.index for one in lenders if one.folder is not None), None)
-    if index is None:
-        index = family.named_index(header.name)
-        untold = family.told_by_scheduler and settings is file.scheduler
-        if lenders and (untold or (family.told_by_index and not index)):
-            warnings.append(
-                f"{printable(header.name, 60)} does not say which {family.title} it is, and is "
-                f"drawn as {family.name}; another has it in its name, or a folder as --parts"
-            )
+    configs = _configs(source, family, networks, lenders)
+    settings = file.scheduler
+    if family.told_by_scheduler or family.told_by_index:
+        family, settings, told = _told(header.name, family, settings, configs, lenders)
+        warnings += told
     if not isinstance(family, FlowFamily):  # those predict one thing, whatever a file says
         prediction_type = prediction_type or file.prediction or _stated_prediction(header)
     if prediction_type is None and file.v_native:
@@ -270,9 +266,6 @@ def _file_plan(
     side = file.native
     if file.v_native and scheduler.prediction_type == "v_prediction":
         side = file.v_native
-    configs = _configs(source, family, networks, lenders)
-    if family.told_by_scheduler or family.told_by_index:
-        family = family.variant(configs, index, settings)
     plan = Plan(
         source=source,
         family=family,
@@ -288,6 +281,38 @@ def _file_plan(
         lacking=tuple(lacking),
     )
     return plan, unused
+
+
+def _told(
+    name: str,
+    family: Family,
+    scheduler: Mapping[str, Any],
+    configs: Mapping[str, Any],
+    lenders: Sequence[Lender],
+) -> tuple[Family, Mapping[str, Any], list[str]]:
+    """Return the variant of a single file, its scheduler's config, and warnings.
+
+    The file's name tells it, else a folder of its parts: both variants share those, so that the
+    folder may be the other's. name, scheduler: of the file.
+    """
+    shown = printable(name, 60)
+    named = family.named_index(name), family.named_scheduler(name, scheduler)
+    is_named = bool(named[0]) or named[1] is not scheduler
+    folder = next((one for one in lenders if one.folder is not None), None)
+    mine = family.variant(configs, *named)
+    if folder is None or folder.folder is None:
+        warnings = [
+            f"{shown} does not say which {family.title} it is, and is drawn as {mine.name}; "
+            "another has it in its name, or a folder as --parts"
+        ]
+        return mine, named[1], warnings if lenders and not is_named else []
+    lent = folder.folder.index, folder.scheduler or scheduler
+    theirs = family.variant(configs, *lent)
+    if not is_named or theirs.name == mine.name:
+        return theirs, lent[1], []
+    lender = printable(folder.source.name, 60)
+    warning = f"{shown} is drawn as {mine.name}, as its name says; {lender}, which lends it parts, "
+    return mine, named[1], [f"{warning}is of {theirs.name}"]
 
 
 def _configs(

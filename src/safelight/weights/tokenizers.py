@@ -8,7 +8,6 @@ is looked into.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +39,10 @@ class Home(Protocol):
         """Return the content of a file, None if it is not there."""
         ...
 
+    def drop(self) -> None:
+        """Forget what was read and kept, which may be large."""
+        ...
+
 
 class FolderHome:
     """A tokenizer in a folder. inside: where in the folder, such as "tokenizer_2/"."""
@@ -57,6 +60,9 @@ class FolderHome:
     def json(self, name: str, limit: int = 2**20) -> dict[str, Any] | None:
         return self._folder.json(f"{self._inside}{name}", limit)
 
+    def drop(self) -> None:
+        pass
+
 
 class FileHome:
     """A tokenizer.json alone, whatever its name. T5's padding token is in another file."""
@@ -65,6 +71,7 @@ class FileHome:
         self._path = path.resolve()
         self._name = path.name
         self._files: dict[str, Path] = {}
+        self._kept: dict[str, Any] | None = None
 
     @property
     def files(self) -> dict[str, Path]:
@@ -79,14 +86,20 @@ class FileHome:
     def json(self, name: str, limit: int = 2**20) -> dict[str, Any] | None:
         if name == "tokenizer.json":
             return self._content(limit)
-        if name == "tokenizer_config.json" and _model_of(self) == "Unigram":
+        if name == "tokenizer_config.json" and _model_of(_content_of(self)) == "Unigram":
             return {"pad_token": "<pad>"}
         return None
 
+    def drop(self) -> None:
+        self._kept = None
+
     def _content(self, limit: int) -> dict[str, Any]:
+        """Return the content. It is kept, because class and padding are read from it, too."""
         path = self.file("tokenizer.json")
         assert path is not None
-        return read_json(path, limit, self._name)
+        if self._kept is None:
+            self._kept = read_json(path, limit, self._name)
+        return self._kept
 
 
 class GGUFHome:
@@ -94,6 +107,7 @@ class GGUFHome:
 
     def __init__(self, header: Header) -> None:
         self._header = header
+        self._made: dict[str, dict[str, Any]] | None = None
 
     @property
     def files(self) -> dict[str, Path]:
@@ -103,15 +117,16 @@ class GGUFHome:
         return None
 
     def json(self, name: str, limit: int = 2**20) -> dict[str, Any] | None:
+        if self._made is None:
+            from safelight.prompt.gguf_tokenizer import LISTS, gguf_files
+
+            header = self._header
+            lists = read_gguf_lists(header.path, LISTS, header.name)
+            self._made = gguf_files(header.metadata, lists, header.name)
         return self._made.get(name)
 
-    @cached_property
-    def _made(self) -> dict[str, dict[str, Any]]:
-        from safelight.prompt.gguf_tokenizer import LISTS, gguf_files
-
-        header = self._header
-        lists = read_gguf_lists(header.path, LISTS, header.name)
-        return gguf_files(header.metadata, lists, header.name)
+    def drop(self) -> None:
+        self._made = None
 
 
 class Gathered(Folder):
@@ -139,6 +154,11 @@ class Gathered(Folder):
         home = self._homes.get(part)
         return None if home is None else home.json(rest, limit)
 
+    def drop(self) -> None:
+        """Forget what the homes have read and kept."""
+        for home in self._homes.values():
+            home.drop()
+
 
 def class_of(home: Home) -> str | None:
     """Return the class of a tokenizer in transformers, None if its files do not tell.
@@ -148,7 +168,8 @@ def class_of(home: Home) -> str | None:
     stated = (home.json("tokenizer_config.json") or {}).get("tokenizer_class")
     if isinstance(stated, str) and stated not in _GENERIC:
         return stated
-    kind, content = _model_of(home), _content_of(home)
+    content = _content_of(home)
+    kind = _model_of(content)
     if kind == "Unigram" and [token[:1] for token in _begin(content)] == [["<pad>"], ["</s>"]]:
         return "T5Tokenizer"
     added = content.get("added_tokens")
@@ -170,9 +191,9 @@ def _content_of(home: Home) -> dict[str, Any]:
     return home.json("tokenizer.json", LARGEST) or {}
 
 
-def _model_of(home: Home) -> str | None:
+def _model_of(content: Mapping[str, Any]) -> str | None:
     """Return the kind of a tokenizer.json's model, None if it says none."""
-    model = _content_of(home).get("model")
+    model = content.get("model")
     kind = model.get("type") if isinstance(model, dict) else None
     return kind if isinstance(kind, str) else None
 
@@ -197,15 +218,22 @@ def gguf_home(header: Header) -> tuple[Home, str] | None:
     return None if found is None else (GGUFHome(header), found)
 
 
-def installed_for(library: Library, family: Family, name: str) -> Source | None:
-    """Return an installed tokenizer that can be the one of this name of a family."""
+def installed_for(
+    library: Library, family: Family, name: str, configs: Mapping[str, Any]
+) -> tuple[Source, Home] | None:
+    """Return an installed tokenizer that can be the one of this name of a family.
+
+    configs: of the text encoders. One that the family refuses with them is passed over.
+    """
     for entry in library.tokenizers():
         source = Source(entry.name, entry.path)
+        home = tokenizer_home(source)
         try:
-            if name in of_class(family, class_of(tokenizer_home(source))):
-                return source
+            if name in of_class(family, class_of(home)):
+                family.load_tokenizers(Gathered({name: home}, source.name), configs, {name})
+                return source, home
         except SafelightError:
-            continue  # not one that can be read; another may be
+            continue  # another may do
     return None
 
 

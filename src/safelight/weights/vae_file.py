@@ -50,7 +50,8 @@ def read_vae_file(source: Source, own: Part, like: Mapping[str, Any]) -> VaeFile
     """Read the header of an autoencoder's file.
 
     own, like: what the model's own autoencoder is built from, and its config. A file has none: one
-    of the same kind is read with it, another with the published config of its kind.
+    of the same kind is read with it, another with the published config of its kind. The widths of
+    a decoder of FLUX.2 are those of the file's tensors, as a smaller one is published.
 
     Raises SafelightError if it is malformed, or no autoencoder.
     """
@@ -74,6 +75,7 @@ def read_vae_file(source: Source, own: Part, like: Mapping[str, Any]) -> VaeFile
     published, names_of = _TABLES[part.network]
     raw = like if own is part else published
     config = read_config(source, part, raw)
+    levels = len(config.block_out_channels)
     if any(key.startswith(("decoder.up.", "decoder.mid.")) for key in inner):
         shapes = {
             "block_out_channels": config.block_out_channels,
@@ -85,6 +87,9 @@ def read_vae_file(source: Source, own: Part, like: Mapping[str, Any]) -> VaeFile
         if unknown:
             raise refusal(source.name, f"{len(unknown)} keys that we do not know: {some(unknown)}")
         inner = {str(name): inner[key] for key, name in renames.items()}
+    if part is FLUX2_VAE_PART and (widths := _decoder_widths(header, inner, levels)):
+        raw = {**raw, "decoder_block_out_channels": widths}
+        config = read_config(source, part, raw)
     return VaeFile(part, raw, config, _placed(header, part, inner), files)
 
 
@@ -144,6 +149,17 @@ def _numbered(header: Header, half: str, first: int) -> dict[str, Weight]:
     if f"{half}.layers.0.weight" not in found or len(found[f"{half}.layers.0.weight"].shape) != 4:
         raise refusal(header.name, f"not the {half} of a tiny autoencoder")
     return found
+
+
+def _decoder_widths(header: Header, inner: Mapping[str, str], levels: int) -> list[int]:
+    """Return the widths of a decoder, of its last level first; empty if a level is not there.
+
+    inner: the file's keys by diffusers' names.
+    """
+    first = "decoder.up_blocks.{}.resnets.0.conv1.weight"
+    keys = [inner.get(first.format(level)) for level in reversed(range(levels))]
+    shapes = [header.tensors[key].shape for key in keys if key is not None]
+    return [shape[0] for shape in shapes] if len(shapes) == levels and all(shapes) else []
 
 
 def _channels(header: Header, inner: Mapping[str, str]) -> int:

@@ -25,6 +25,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from safelight.errors import SafelightError
+from safelight.hires import final_size
 from safelight.recipe import read_recipe, recipe_text
 from safelight.request import Request
 from safelight.server.apis.openai_shapes import (
@@ -103,13 +104,18 @@ class _Call:
             return await asyncio.to_thread(read)
 
     async def preview(self, png: bytes) -> dict[str, Any]:
-        """Return a preview in the answer's form, at the size of the picture."""
+        """Return a preview in the answer's form, at the size of the finished picture.
+
+        Where the part around a mask is drawn alone, it is the part, at the size that is drawn.
+        """
         asked = self.job.settings
-        width, height = self.size or (asked["width"], asked["height"])
-        if width is None or height is None:
-            width, height = await self.hub.native_size(self.job.model)
+        if (size := self.size) is None:
+            size = asked["width"], asked["height"]
+            if None in size:
+                size = await self.hub.native_size(self.job.model)
+            size = final_size(Request(hires_scale=asked.get("hires_scale", 1)), size)
         async with turn(self.http):
-            return await asyncio.to_thread(encoded, png, self.body, size=(width, height))
+            return await asyncio.to_thread(encoded, png, self.body, size=size)
 
     def totals(self, job: Job) -> dict[str, Any]:
         """Return usage and warnings. Nothing is charged for; clients need the fields."""

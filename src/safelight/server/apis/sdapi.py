@@ -19,7 +19,7 @@ from fastapi import Request as HttpRequest
 from starlette.exceptions import HTTPException
 
 from safelight.hires import infotext
-from safelight.recipe import recipe_text
+from safelight.recipe import first_size, recipe_text
 from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
 from safelight.server.apis.sdapi_control import units_of
 from safelight.server.apis.sdapi_errors import Route
@@ -175,8 +175,7 @@ def _told(
     extra["Spacing"] = drawn.get("spacing")
     again = infotext(drawn)
     strength = again.pop("Denoising strength", drawn.get("strength"))
-    if again and asked.size is None:  # as in the web UI, the size of the first pass
-        width, height = drawn.get("width") or width, drawn.get("height") or height
+    width, height = first_size(drawn, (width, height))
     # Styles and dynamic prompts give each picture a prompt of its own.
     prompts, negatives = (
         [picture.recipe["settings"][name] for picture in pictures]

@@ -6,7 +6,6 @@ extension draws with IP-Adapters, too, of which the server has one or none.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +16,7 @@ from PIL import Image, ImageOps
 
 from safelight.errors import SafelightError
 from safelight.hires import final_size
-from safelight.recipe import IP_ADAPTER_MODULE
+from safelight.recipe import IP_ADAPTER_MODULE, is_ip_adapter
 from safelight.request import Request
 from safelight.server.apis.sdapi_bodies import DrawBody, ImageToImage, plain_number
 from safelight.server.apis.sdapi_errors import Route
@@ -29,9 +28,6 @@ router = APIRouter(prefix="/controlnet", route_class=Route, tags=["AUTOMATIC1111
 
 _FIELDS = {"weight": "scale", "guidance_start": "start", "guidance_end": "end"}
 """The ends of our settings' names, by the extension's names."""
-
-_IP_ADAPTER = re.compile(r"ip[-_]?adapter")
-"""What is in the name of a module or a model if a unit is for an IP-Adapter."""
 
 _CROP = ("Crop and Resize", "Scale to Fit (Inner Fit)", "Inner Fit (Scale to Fit)")
 _FILL = ("Resize and Fill", "Envelope (Outer Fit)", "Outer Fit (Shrink to Fit)")
@@ -75,7 +71,10 @@ class Unit:
             # The second pass is guided by the picture at its size.
             size = final_size(request.replace(**sides), native)
         else:
-            size = size_of(start.size, request.width, request.height)
+            # Of a request that is cropped, width and height are those of the part that is drawn.
+            size = start.size
+            if not request.is_cropped:
+                size = size_of(size, request.width, request.height)
         picture = picture or start
         assert picture is not None
         if picture.size != size:
@@ -96,7 +95,7 @@ def units_of(
 
     controlnet, ip_adapter: the names of ours. Raises SafelightError as `unit_of` does.
     """
-    guiding, warnings = unit_of(body, controlnet)
+    guiding, warnings = unit_of(body, controlnet, ip_adapter)
     prompting, more = ip_adapter_unit_of(body, ip_adapter)
     return [one for one in (guiding, prompting) if one is not None], warnings + more
 
@@ -107,7 +106,7 @@ def ip_adapter_unit_of(body: DrawBody, there: str | None) -> tuple[Unit | None, 
     In img2img the picture to start from is the prompt if the unit has none. Raises SafelightError
     for an adapter that is not here, or a value that is none of the extension's.
     """
-    units = [unit for unit in _units(body.alwayson_scripts) if _enabled(unit) and _prompts(unit)]
+    units = [u for u in _units(body.alwayson_scripts) if _enabled(u) and _prompts(u, there)]
     if not units:
         return None, []
     if there is None:
@@ -123,21 +122,30 @@ def ip_adapter_unit_of(body: DrawBody, there: str | None) -> tuple[Unit | None, 
     return Unit(_picture(unit), _settings(unit, "ip_adapter"), None), warnings
 
 
-def _prompts(unit: Any) -> bool:
-    """Return whether a unit is for an IP-Adapter, by its module or its model."""
+def _prompts(unit: Any, there: str | None) -> bool:
+    """Return whether a unit is for an IP-Adapter, by its module or its model.
+
+    there: the name of ours, which may have any name.
+    """
     if not isinstance(unit, dict):
         return False
-    told = (str(cast("dict[str, Any]", unit).get(name)) for name in ("module", "model"))
-    return any(_IP_ADAPTER.search(text.casefold()) for text in told)
+    module, model = (str(cast("dict[str, Any]", unit).get(name)) for name in ("module", "model"))
+    ours = there is not None and model.partition(" [")[0].casefold() == there.casefold()
+    return ours or is_ip_adapter(module, model)
 
 
-def unit_of(body: DrawBody, there: str | None) -> tuple[Unit | None, list[str]]:
-    """Return the unit of a body that is for a ControlNet, and warnings. there: the name of ours.
+def unit_of(
+    body: DrawBody, there: str | None, ip_adapter: str | None = None
+) -> tuple[Unit | None, list[str]]:
+    """Return the unit of a body that is for a ControlNet, and warnings.
 
+    there, ip_adapter: the names of our ControlNet and of our IP-Adapter, whose units are left out.
     In img2img the picture to start from guides if the unit has none. Raises SafelightError for a
     preprocessor or a ControlNet that is not here, or a value that is none of the extension's.
     """
-    given = [u for u in _units(body.alwayson_scripts) if _enabled(u) and not _prompts(u)]
+    given = [
+        u for u in _units(body.alwayson_scripts) if _enabled(u) and not _prompts(u, ip_adapter)
+    ]
     starts = isinstance(body, ImageToImage)
     units = [unit for unit in given if _picture(unit) or (starts and isinstance(unit, dict))]
     if given and there is None:

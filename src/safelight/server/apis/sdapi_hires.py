@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safelight.hires import UPSCALER, final_size, steps_to_take
+from safelight.errors import SafelightError
+from safelight.hires import UPSCALER, steps_to_take, taken
 from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
 from safelight.server.apis.sdapi_bodies import TextToImage
 from safelight.server.apis.sdapi_names import find_scheduler
+from safelight.server.sizes import fit_to_model
+from safelight.sizes import MAX_SIDE, allowed_side, drawable_size, is_small
 
 if TYPE_CHECKING:
     from safelight.weights.plan import Plan
 
 SAME = (None, "", "Use same sampler", "Use same scheduler", "Use same checkpoint")
 """The web UI's words for what the first pass has."""
+
+MOST_TIMES = 4
+"""The largest hires_scale."""
 
 
 def second_pass(
@@ -34,37 +40,79 @@ def second_pass(
     warnings = _ignored(body, sampler)
     native = (None, None) if plan is None else plan.native_size
     width, height = size[0] or native[0], size[1] or native[1]
-    scale, more = _scale(body, (width, height) if width and height else None)
-    warnings += more
+    scale, why = body.hr_scale, "hr_scale is 1"
+    if body.hr_resize_x or body.hr_resize_y:
+        if width is None or height is None:
+            warnings.append("hr_resize: needs width and height here; hr_scale is used")
+        else:
+            scale, more = _scale(body, (width, height))
+            warnings += more
+            why = "hr_resize_x and hr_resize_y are the size of the first"
+            if scale > MOST_TIMES:
+                return _enlarged(body, (width, height), scale, plan), warnings
     if scale == 1:
-        return {}, [*warnings, "enable_hr: drawn in one pass, as hr_scale is 1"]
-    settings: dict[str, Any] = {"hires_scale": scale, "hires_strength": body.denoising_strength}
-    taken = body.hr_second_pass_steps or steps
-    if taken is not None and taken > 0 and 0 < body.denoising_strength <= 1:
-        settings["hires_steps"] = steps_to_take(taken, body.denoising_strength)
+        return {}, [*warnings, f"enable_hr: drawn in one pass, as {why}"]
+    settings: dict[str, Any] = {"hires_scale": scale}
+    # Pictures of a small model may be enlarged alone: strength and steps say nothing then.
+    asked = Request(width=size[0], height=size[1], hires_scale=scale)
+    drawn = plan is None or fit_to_model(asked, plan.native_size)[0].hires_scale > 1
+    if (strength := body.denoising_strength) or drawn:
+        settings["hires_strength"] = strength
+    wanted = body.hr_second_pass_steps or steps
+    if wanted is not None and wanted > 0 and 0 < strength <= 1:
+        settings["hires_steps"] = most = steps_to_take(wanted, strength)
+        if (left := taken(most, strength)) < wanted and drawn:
+            told = f"of {most} steps, the most, {strength:g} leaves {left}, not {wanted}"
+            warnings.append(f"denoising_strength: second pass: {told}")
     return settings, warnings
 
 
-def _scale(body: TextToImage, size: tuple[int, int] | None) -> tuple[float, list[str]]:
-    """Return how many times the picture is enlarged, and warnings.
+def _scale(body: TextToImage, size: tuple[int, int]) -> tuple[float, list[str]]:
+    """Return how many times the picture is enlarged to a size, and warnings.
 
-    Of a size to enlarge to, the web UI cuts off what has other proportions. Raises SafelightError
+    size: of the first pass. What has other proportions the web UI cuts off. Raises SafelightError
     for a size that is too large, or smaller than that of the first pass.
     """
     sides = body.hr_resize_x, body.hr_resize_y
-    if not any(sides):
-        return body.hr_scale, []
-    if size is None:
-        return body.hr_scale, ["hr_resize: needs width and height here; hr_scale is used"]
     scale = max(side / own for side, own in zip(sides, size, strict=True))
-    asked = Request(width=size[0], height=size[1], hires_scale=scale)
-    made = final_size(asked, size)
+    if scale < 1 or round(scale * max(size)) > MAX_SIDE:
+        most = [MAX_SIDE * own // max(size) for own in size]
+        raise _refused(body, size, scale, most)
+    made = [allowed_side(side * scale) for side in size]
     if all(side in (0, got) for side, got in zip(sides, made, strict=True)):
         return scale, []
     wanted = "x".join(str(side or "any") for side in sides)
     return scale, [
         f"hr_resize: {made[0]}x{made[1]} in place of {wanted}, in the picture's proportions"
     ]
+
+
+def _enlarged(
+    body: TextToImage, size: tuple[int, int], scale: float, plan: Plan | None
+) -> dict[str, Any]:
+    """Return the settings of a picture that is enlarged more than a second pass can.
+
+    Raises SafelightError unless the model is so small that its pictures are enlarged alone.
+    """
+    whole = allowed_side(size[0] * scale), allowed_side(size[1] * scale)
+    native = None if plan is None else plan.native_size
+    if native is None or not is_small(native) or drawable_size(whole, native) == whole:
+        raise _refused(body, size, scale, [own * MOST_TIMES for own in size])
+    return {"width": whole[0], "height": whole[1]}
+
+
+def _refused(
+    body: TextToImage, size: tuple[int, int], scale: float, most: list[int]
+) -> SafelightError:
+    """Return the error about a size to enlarge to. most: the largest sides that are possible."""
+    place = 0 if scale == body.hr_resize_x / size[0] else 1
+    name, side = (("hr_resize_x", "width"), ("hr_resize_y", "height"))[place]
+    asked = (body.hr_resize_x, body.hr_resize_y)[place]
+    return SafelightError(
+        f"{name} must be from {size[place]}, the {side} of the first pass, to {most[place]}, "
+        f"not {asked}",
+        field=name,
+    )
 
 
 def _ignored(body: TextToImage, sampler: str | None) -> list[str]:
