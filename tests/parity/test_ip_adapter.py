@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from safelight import SafelightError
 from safelight.engine import Engine, job
-from safelight.engine.ip_adapter import Prompted, seen_pixels
+from safelight.engine.ip_adapter import PicturePrompt, seen_pixels
 from safelight.engine.requests import create_job, resolve_request
 from safelight.families.sd import VARIANTS as SD_VARIANTS
 from safelight.families.sdxl import VARIANTS as SDXL_VARIANTS
@@ -469,7 +469,7 @@ def test_pictures_of_a_request_share_what_they_read(
             assert len(mine) == evaluations
             last = mine.pairs[0][0].untyped_storage().data_ptr()
             assert last == rows.pairs[0][0].untyped_storage().data_ptr()
-    monkeypatch.delattr(Prompted, "rows")  # whose turn it is needs none of them
+    monkeypatch.delattr(PicturePrompt, "rows")  # whose turn it is needs none of them
     for ticket in engine.tickets:
         assert ticket.rows == 2
         assert ticket.work_left == len(ticket.table.rows) * 2 * ticket.size

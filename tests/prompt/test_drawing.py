@@ -7,7 +7,7 @@ import torch
 from PIL import ImageChops
 
 import safelight
-from safelight.engine import Engine, prompts
+from safelight.engine import Engine, conditionings
 from safelight.errors import SafelightError
 from safelight.families import encoding
 from safelight.recipe import recipe_text
@@ -115,7 +115,8 @@ def test_the_states_of_a_schedule_are_bounded(model, monkeypatch):
     """In all of its stages together, and in the cache."""
     turns = f"[{'|'.join('abcdefghij')}]"
     one, all_of_it = (
-        prompts._bytes(job_of(model, prompt, steps=20).conditioning) for prompt in ("a", turns)
+        conditionings._bytes(job_of(model, prompt, steps=20).conditioning)
+        for prompt in ("a", turns)
     )
     assert all_of_it == 10 * one
     monkeypatch.setattr(encoding, "MAX_HELD", 2 * 16 * 9)
@@ -127,14 +128,16 @@ def test_the_states_of_a_schedule_are_bounded(model, monkeypatch):
         with pytest.raises(SafelightError, match="fewer schedules or parts"):
             job_of(model, f"{'a AND ' * 10}{'a BREAK ' * 3} a", steps=20)
     engine = Engine(model)
-    monkeypatch.setattr(prompts, "MAX_CACHED", 2 * one)
+    monkeypatch.setattr(conditionings, "MAX_CACHED", 2 * one)
     for prompt in ("apple", "ale", "a", "apple ale " * 20):
         engine.add(safelight.Request(prompt=prompt, prompt_syntax="a1111"))
-    kept = [prompts._bytes(conditioning) for conditioning in engine._prompts.found.values()]
+    kept = [
+        conditionings._bytes(conditioning) for conditioning in engine._conditionings.found.values()
+    ]
     assert len(kept) == 1  # larger than the bound alone
     engine.add(safelight.Request(prompt="a", prompt_syntax="a1111"))
     engine.add(safelight.Request(prompt="ale", prompt_syntax="a1111"))
-    assert len(engine._prompts.found) == 2
+    assert len(engine._conditionings.found) == 2
 
 
 def test_batches_hold_prompts_of_different_lengths(model):

@@ -90,7 +90,7 @@ def test_what_is_no_number_is_never_a_picture(
     for i, ((place, call), value, sampler) in enumerate(cases):
         with monkeypatch.context() as patch:
             # Else prompts seen before are not encoded again.
-            loaded(server).engine._prompts.found.clear()
+            loaded(server).engine._conditionings.found.clear()
             calls = poison(patch, model_of(server), place, call, VALUES[value])
             job = server.finished(
                 server.submit(

@@ -374,7 +374,7 @@ def test_the_form_has_its_fields() -> None:
     assert fields["hires_steps"].placeholder == "as steps"
     assert len(form.looks(suits)) == len(form.adapted)
     one_size = Suits(fixed_size=True, uses_prompt=False)
-    again = form.adapted.index(form.again)
+    again = form.adapted.index(form.second_pass)
     assert form.looks(one_size)[again] == {"visible": False}
     assert form.looks(suits)[again] == {"visible": True}
 

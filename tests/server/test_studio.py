@@ -265,7 +265,7 @@ def values(**fields: Any) -> dict[str, Any]:
         "control": None,
         "control_enlarged": 1,
         "told": None,
-        "told_enlarged": 1,
+        "prompt_enlarged": 1,
     }
     assert fields.keys() <= usual.keys()
     return usual | fields

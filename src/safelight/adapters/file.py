@@ -31,6 +31,7 @@ from safelight.errors import SafelightError
 from safelight.weights.check import Header, printable, read_json
 from safelight.weights.digest import HashedFile, digest_file
 from safelight.weights.headers import plain_header_of
+from safelight.weights.kinds import IP_ADAPTER
 from safelight.weights.library import IN_FOLDER
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
@@ -152,7 +153,7 @@ def match(
     found, groups = Match(), dict[Target, dict[str, str]]()
     if is_control(file.header.tensors):
         raise refusal(file.name, "a Control-LoRA is not supported")
-    if any(key.startswith(("image_proj.", "ip_adapter.")) for key in file.header.tensors):
+    if any(key.startswith(IP_ADAPTER) for key in file.header.tensors):
         raise refusal(file.name, "an IP-Adapter, which is no LoRA: give it with --ip-adapter")
     again = repeated(file.header.tensors, family)
     for key in file.header.tensors:

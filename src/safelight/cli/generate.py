@@ -9,6 +9,7 @@ from safelight.cli import options
 from safelight.cli.groups import Loading, spread
 from safelight.cli.output import StepBar, say, warn
 from safelight.errors import SafelightError
+from safelight.families.control import NETWORKS
 from safelight.interrupt import ctrl_c_waits
 from safelight.sizes import drawable_size
 
@@ -96,11 +97,9 @@ def _pixels(request: "Request") -> int:
 
 def _check_networks(loading: Loading, request: "Request") -> None:
     """Raise SafelightError for a picture without the network that reads it; warn of the reverse."""
-    for picture, option, given, kind in (
-        ("control_image", "--controlnet", loading.controlnet, "a ControlNet"),
-        ("ip_adapter_image", "--ip-adapter", loading.ip_adapter, "an IP-Adapter"),
-    ):
-        shown = f"--{picture.replace('_', '-')}"
+    for picture, network, kind in NETWORKS:
+        shown, option = (f"--{name.replace('_', '-')}" for name in (picture, network))
+        given = getattr(loading, network)
         if given is None and getattr(request, picture) is not None:
             raise SafelightError(f"{shown} needs {kind}: give one with {option}", field=picture)
         if given is not None and getattr(request, picture) is None:

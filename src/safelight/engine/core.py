@@ -19,9 +19,9 @@ from PIL import Image
 
 from safelight.adapters.embeddings import key_of
 from safelight.engine.capacity import Capacity, free_memory, out_of_memory, probe, too_large
+from safelight.engine.conditionings import Conditionings
 from safelight.engine.job import Job, NotFiniteError, advance, finish
 from safelight.engine.passes import later_of
-from safelight.engine.prompts import Prompts
 from safelight.engine.refining import table_of
 from safelight.engine.requests import (
     create_job,
@@ -81,7 +81,7 @@ class Engine:
         self.capacity = rows
         self.tickets: list[Ticket] = []
         self._seconds_a_row = 0.01  # measured as it goes
-        self._prompts = Prompts()
+        self._conditionings = Conditionings()
         self._decoder = ThreadPoolExecutor(1, "decode") if background else None
         self._undecoded: list[Ticket] = []
         self._turns = Turns()
@@ -176,7 +176,7 @@ class Engine:
             second = None
             if model.refiner is not None:
                 second = self._conditioning(model.refiner, request, before=model)
-            cached = partial(self._prompts.get, None)  # LoRAs and embeddings do not change it
+            cached = partial(self._conditionings.get, None)  # LoRAs and embeddings do not change it
             drawn = request.fitted()
             return model, create_job(model, drawn, conditioning, seed, second, cached)
 
@@ -371,5 +371,5 @@ class Engine:
         chosen = (before or model).embeddings.choose(request)
         # A refiner of the same family has text encoders of its own.
         own = before is None, selection and selection.key, key_of(chosen)
-        cached = partial(self._prompts.get, own)
+        cached = partial(self._conditionings.get, own)
         return model.family.conditioning(model.embeddings.model(chosen), request, cached)

@@ -30,8 +30,8 @@ _WIDEST = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Prompted:
-    """What the steps of one picture read of another, which is their prompt.
+class PicturePrompt:
+    """What the steps of a picture read of its ip_adapter_image.
 
     read: what is read at a step with guidance, a row for each evaluation; of several, the first is
     beside the negative prompt. Pictures with the same prompt share it, as it may take megabytes.
@@ -47,7 +47,7 @@ class Prompted:
         return read.scaled(self.request.ip_adapter_scale)
 
 
-def prompts(request: Request, row: int, rows: int) -> bool:
+def counts(request: Request, row: int, rows: int) -> bool:
     """Return whether ip_adapter_image counts at a row: if all of it is in bounds."""
     within = in_bounds(request.ip_adapter_start, request.ip_adapter_end, row, rows)
     return within and request.ip_adapter_scale != 0
@@ -55,7 +55,7 @@ def prompts(request: Request, row: int, rows: int) -> bool:
 
 def read_prompted(
     model: Model, request: Request, evaluations: int, cached: Cached | None = None
-) -> Prompted | None:
+) -> PicturePrompt | None:
     """Return what is read of a resolved request's ip_adapter_image; None without one.
 
     evaluations: of the network at a step with guidance. cached: where it is kept for other requests
@@ -83,7 +83,7 @@ def read_prompted(
         return joined([negative, *[positive()] * (evaluations - 1)])
 
     read = positive() if evaluations == 1 else kept((digest, evaluations), all_rows)
-    return Prompted(read, request.without_pictures())
+    return PicturePrompt(read, request.without_pictures())
 
 
 def _read(model: Model, pixels: Tensor | None) -> ImagePrompt:

@@ -18,7 +18,7 @@ from torch import Tensor
 from safelight.engine.control import Control, guides
 from safelight.engine.denoiser import clip_or_threshold, estimate
 from safelight.engine.inputs import covering
-from safelight.engine.ip_adapter import Prompted, prompts
+from safelight.engine.ip_adapter import PicturePrompt, counts
 from safelight.engine.refining import Second
 from safelight.engine.shortcuts import Kept, Plan, Words, gather, scatter
 from safelight.errors import SafelightError
@@ -85,7 +85,7 @@ class Job:
     kept: Kept = field(default_factory=Kept)
     size: tuple[int, int] | None = None
     control: Control | None = None
-    prompted: Prompted | None = None
+    prompted: PicturePrompt | None = None
 
     @property
     def asked(self) -> Conditioning:
@@ -112,11 +112,12 @@ class Job:
             return found
         return replace(found, control=control)
 
-    def _prompted_at(self, cursor: int) -> Prompted | None:
+    def _prompted_at(self, cursor: int) -> PicturePrompt | None:
         """Return the picture that is a prompt of a row."""
         found = self.prompted if self._second_at(cursor) is None else None
-        counts = found is not None and prompts(found.request, cursor, len(self.table.rows))
-        return found if counts else None
+        if found is None or not counts(found.request, cursor, len(self.table.rows)):
+            return None
+        return found
 
     @property
     def words(self) -> Words:

@@ -9,12 +9,12 @@ from safelight.adapters.asked import asked_of
 from safelight.adapters.embeddings import record
 from safelight.defaults import LEVELS, is_distilled, level_of
 from safelight.engine.control import guides, read_control
-from safelight.engine.ip_adapter import prompts, read_prompted
+from safelight.engine.ip_adapter import counts, read_prompted
 from safelight.engine.job import Job, prepare
 from safelight.engine.refining import Second, table_of
 from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
 from safelight.families.base import Conditioning
-from safelight.families.control import check_control, check_ip_adapter
+from safelight.families.control import check_networks
 from safelight.hires import check_model, final_size
 from safelight.machine import describe_machine
 from safelight.picture import to_tensor
@@ -40,9 +40,9 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
-    check_control(model.name, request, model.controlnet is not None)
+    beside = {"controlnet": model.controlnet, "ip_adapter": model.ip_adapter}
+    check_networks(model.name, request, [name for name, net in beside.items() if net is not None])
     check_model(model, request)
-    check_ip_adapter(model.name, request, model.ip_adapter is not None)
     request = shortened(request, model).with_defaults(model.defaults)
     # A recipe with None would draw the picture again with the model's own values.
     whole = {"guidance_start": 0.0, "guidance_end": 1.0}
@@ -164,12 +164,12 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
             found.append(f"{name} does nothing with {model.name}: leave it out")
     pictured = (
         (resolved.control_image, guides, "control_image guides no step: see control"),
-        (resolved.ip_adapter_image, prompts, "ip_adapter_image counts at no step: see ip_adapter"),
+        (resolved.ip_adapter_image, counts, "ip_adapter_image counts at no step: see ip_adapter"),
     )
-    for picture, counts, told in pictured:
+    for picture, counted, told in pictured:
         if picture is not None:
             rows = len(table_of(model, resolved)[0].rows)
-            if not any(counts(resolved, row, rows) for row in range(rows)):
+            if not any(counted(resolved, row, rows) for row in range(rows)):
                 found.append(f"{told}_scale, _start and _end")
     found += _without_effect(model, asked, resolved)
     if (mask := drawn_mask(resolved)[0]) is not None and mask.getbbox() is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from safelight.errors import SafelightError
@@ -16,27 +17,23 @@ OF_PICTURES = {name: group[0] for group in (CONTROL, IP_ADAPTER) for name in gro
 """The settings that say how much a picture counts and when, and that picture's."""
 
 
-def check_control(model: str, request: Request, there: bool) -> None:
-    """Raise SafelightError if a request has a control_image and no ControlNet is there for it.
+NETWORKS = (
+    ("control_image", "controlnet", "a ControlNet"),
+    ("ip_adapter_image", "ip_adapter", "an IP-Adapter"),
+)
+"""The pictures that a network beside the model's own reads: the setting, the network's, and words
+for the network."""
 
-    model: its name.
+
+def check_networks(model: str, request: Request, there: Collection[str]) -> None:
+    """Raise SafelightError if a request has a picture and its network is not there.
+
+    model: its name. there: the networks, of those named in NETWORKS.
     """
-    if request.control_image is not None and not there:
-        raise SafelightError(
-            f"control_image needs a ControlNet, and {model} was loaded without one: give one with "
-            "controlnet, or leave it out",
-            field="control_image",
-        )
-
-
-def check_ip_adapter(model: str, request: Request, there: bool) -> None:
-    """Raise SafelightError if a request has an ip_adapter_image and no IP-Adapter is there for it.
-
-    model: its name.
-    """
-    if request.ip_adapter_image is not None and not there:
-        raise SafelightError(
-            f"ip_adapter_image needs an IP-Adapter, and {model} was loaded without one: give one "
-            "with ip_adapter, or leave it out",
-            field="ip_adapter_image",
-        )
+    for picture, network, kind in NETWORKS:
+        if getattr(request, picture) is not None and network not in there:
+            raise SafelightError(
+                f"{picture} needs {kind}, and {model} was loaded without one: give one with "
+                f"{network}, or leave it out",
+                field=picture,
+            )

@@ -25,7 +25,7 @@ from safelight.adapters.reader import PromptReader
 from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
 from safelight.families import Family, family_of_folder
-from safelight.families.control import check_control, check_ip_adapter
+from safelight.families.control import check_networks
 from safelight.hires import check_model
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
@@ -133,9 +133,10 @@ class Names:
         except (SafelightError, OSError):
             return  # it may be back by then; the worker tells if not
         reader.plan.family.check_request(reader.plan, asked)
-        check_control(reader.plan.name, asked, self.controlnet(model) is not None)
+        beside = {"controlnet": self.controlnet(model), "ip_adapter": self.ip_adapter(model)}
+        there = [name for name, given in beside.items() if given is not None]
+        check_networks(reader.plan.name, asked, there)
         check_model(reader.plan, asked)
-        check_ip_adapter(reader.plan.name, asked, self.ip_adapter(model) is not None)
         for entry in loras:
             _check_made_for(entry, reader.plan)
         reader.check(request)

@@ -85,10 +85,10 @@ def request(
         "spacing": None if spacing == OWN else spacing,
         "eta": eta,
     }
-    *more, picture, enlarged, control, control_enlarged, told, told_enlarged = rest
+    *more, picture, enlarged, control, control_enlarged, prompted, prompt_enlarged = rest
     image, mask = painted(picture, enlarged)
     guide = painted(control, control_enlarged)[0] if suits.guided else None
-    prompting = painted(told, told_enlarged)[0] if suits.prompted else None
+    prompting = painted(prompted, prompt_enlarged)[0] if suits.prompted else None
     idle = {*(CONTROL if guide is None else ()), *(IP_ADAPTER if prompting is None else ())}
     for setting, value in zip(further_settings(Request), more, strict=True):
         if not suits.has(setting) or setting.name in idle:

@@ -128,7 +128,7 @@ class Form:
         """The fields that a level of `fast` sets; see `level_of`. They show what is drawn."""
         self._partly = [s for s in settings.values() if s.about.some_models or s.name in HIRES]
         sized: dict[str, Any] = {"open": False, "visible": not suits.fixed_size}
-        with gr.Accordion("Second pass at a larger size", **sized) as self.again:
+        with gr.Accordion("Second pass at a larger size", **sized) as self.second_pass:
             made |= self._made(settings, [n for n in HIRES if n in settings], first, suits)
         with gr.Accordion("Change a picture", open=False) as self.change:
             gr.HTML(
@@ -145,21 +145,23 @@ class Form:
             )
             self.control = editor("control", "Control image")
             made |= self._made(settings, [n for n in CONTROL if n in settings], first, suits)
-        with gr.Accordion(open=False, elem_id="prompting", **self.prompting(suits)) as self.image:
+        with gr.Accordion(
+            open=False, elem_id="prompting", **self.prompting(suits)
+        ) as self.prompted:
             gr.HTML(
                 "<p>Drop a picture that is a prompt beside the words: its things and its style. "
                 "The middle square of it is read.</p>"
             )
-            self.told = editor("image-prompt", "Picture of the prompt")
+            self.prompt_picture = editor("image-prompt", "Picture of the prompt")
             made |= self._made(settings, [n for n in IP_ADAPTER if n in settings], first, suits)
         self.further = [made[name] for name in settings]
         self.adapted = [
-            *(self.sampler, self.guide, self.again, self.image),
+            *(self.sampler, self.guide, self.second_pass, self.prompted),
             *(self.prompt, self.width, self.height),
             *(made[setting.name] for setting in self._partly),
         ]
         """The parts that differ between models; see `looks`."""
-        self.enlarged, self.control_enlarged, self.told_enlarged = (gr.State(1) for _ in range(3))
+        self.enlarged, self.control_enlarged, self.prompt_enlarged = (gr.State(1) for _ in range(3))
         plain(*(one for one in self.fields if not isinstance(one, gr.State)))
         self.die.click(lambda: str(draw_seed()), outputs=self.seed, show_progress="hidden")
 
@@ -246,7 +248,7 @@ class Form:
             *self.further,
             *self.easel,
             *self.control_easel,
-            *self.told_easel,
+            *self.prompt_easel,
         ]
 
     @property
@@ -260,6 +262,6 @@ class Form:
         return [self.control, self.control_enlarged]
 
     @property
-    def told_easel(self) -> list[Any]:
+    def prompt_easel(self) -> list[Any]:
         """The editor of the prompt's picture, and how often it enlarges it."""
-        return [self.told, self.told_enlarged]
+        return [self.prompt_picture, self.prompt_enlarged]

@@ -75,7 +75,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 
-        settled = [tabs, model, form.problem, form.keep, form.change, form.guide, form.image]
+        settled = [tabs, model, form.problem, form.keep, form.change, form.guide, form.prompted]
         settled += [form.words, inside.steps, *form.fields]
 
         async def settle(
@@ -200,7 +200,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             used = [tabs, form.change, form.prompt, form.width, form.height, *form.easel]
             shown.use(use, None, used, **quiet)
             shown.guide(read_alone, None, [tabs, form.guide, *form.control_easel], **quiet)
-            shown.prompt(read_alone, None, [tabs, form.image, *form.told_easel], **quiet)
+            shown.prompt(read_alone, None, [tabs, form.prompted, *form.prompt_easel], **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
         suited = [form.problem, inside.steps, *form.best, *form.adapted]
         # If several models are chosen in a row, the last one counts.

@@ -19,7 +19,7 @@ from safelight.weights.find import Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import plain_header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, unet_names
-from safelight.weights.networks import read_config
+from safelight.weights.networks import check_depth, read_config
 from safelight.weights.plan import Addition, Plan
 
 PART = Part("safelight.nets.controlnet", "ControlNetModel", "ControlNetConfig")
@@ -55,8 +55,7 @@ def with_controlnet(plan: Plan, source: Source) -> Plan:
             field="control_image",
         )
     found = _folder_plan(source) if source.path.is_dir() else _file_plan(source, plan)
-    if found.config.depth > len(found.weights):
-        raise refusal(source.name, "its config has more layers than its file tensors")
+    check_depth(source, found.config.depth, len(found.weights))
     _check_fit(found, plan)
     return plan.with_additions({"controlnet": found}, [])
 

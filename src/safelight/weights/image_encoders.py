@@ -27,6 +27,7 @@ from safelight.weights.names import (
     from_single_file,
     open_clip_names,
 )
+from safelight.weights.networks import check_depth
 from safelight.weights.plan import Addition, Plan, read_config
 
 
@@ -177,8 +178,7 @@ def _planned(
     where: str,
 ) -> Addition:
     config = read_config(source, PART, raw, where=where)
-    if config.depth > len(weights):
-        raise refusal(source.name, "its config has more layers than its file tensors")
+    check_depth(source, config.depth, len(weights))
     return Addition(source, PART, raw, config, weights, files)
 
 

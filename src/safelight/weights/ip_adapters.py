@@ -18,13 +18,14 @@ from safelight.weights.check import Header, refusal
 from safelight.weights.find import Source, find_image_encoder, find_ip_adapter
 from safelight.weights.headers import plain_header_of
 from safelight.weights.image_encoders import candidates, image_encoder, widths
+from safelight.weights.kinds import IP_ADAPTER
 from safelight.weights.library import Library, open_library
 from safelight.weights.names import Weight, some
 from safelight.weights.plan import Addition, Plan, read_config
 
 PART = Part("safelight.nets.ip_adapter", "IPAdapter", "IPAdapterConfig")
 
-_PROJ, _ADAPTER = "image_proj.", "ip_adapter."
+_PROJ, _ADAPTER = IP_ADAPTER
 _FACE_ID = re.compile(r"image_proj\.(perceiver_resampler\..*|norm\.weight)|ip_adapter\..*_lora\..*")
 _HEAD = 64
 """The width of a head in every published resampler."""

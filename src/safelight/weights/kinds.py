@@ -23,7 +23,7 @@ _CONTROLNET = (
     *("control_model.", "input_hint_block.", "controlnet_cond_embedding."),
     "lora_controlnet",  # a Control-LoRA, which loading refuses by its name
 )
-_IP_ADAPTER = ("image_proj.", "ip_adapter.")
+IP_ADAPTER = ("image_proj.", "ip_adapter.")
 _IMAGE_ENCODER = ("vision_model.embeddings.", "visual.ln_pre.")
 # One name of each kind of text encoder; in the last two as llama.cpp names them.
 _TEXT_ENCODER = re.compile(
@@ -50,7 +50,7 @@ def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
         return None
     if any(name.startswith(_CONTROLNET) for name in tensors):
         return "controlnet"
-    if any(name.startswith(_IP_ADAPTER) for name in tensors):
+    if any(name.startswith(IP_ADAPTER) for name in tensors):
         return "ip_adapter"
     if any(name.startswith(_IMAGE_ENCODER) for name in tensors):
         return "image_encoder"

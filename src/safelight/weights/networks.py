@@ -86,6 +86,15 @@ def check_weights(source: Source, weights: Mapping[str, Mapping[str, Weight]]) -
             raise refusal(header.name, f"mostly not weights of the model: {largest:.60}")
 
 
+def check_depth(source: Source, depth: int, tensors: int, what: str = "its config") -> None:
+    """Refuse a config that asks for more layers than its file has tensors: each layer has some.
+
+    what: names the config.
+    """
+    if depth > tensors:
+        raise refusal(source.name, f"{what} has more layers than its file tensors")
+
+
 def read_config(
     source: Source, part: Part, raw: Mapping[str, Any], where: str = "config.json: "
 ) -> Any:

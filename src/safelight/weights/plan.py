@@ -21,6 +21,7 @@ from safelight.weights.lender import Borrower, Lender, borrow, listed, missing
 from safelight.weights.names import Weight
 from safelight.weights.networks import (
     Networks,
+    check_depth,
     check_weights,
     networks_of,
     own_networks,
@@ -324,10 +325,8 @@ def _configs(
     for name, part in networks.parts.items():
         origin = origins.get(name, source)
         config = read_config(origin, part, networks.raw[name], f"{name}/config.json: ")
-        # Each layer has tensors: a config that asks for more is not that of its file.
-        weights = networks.weights[name]
-        if weights and config.depth > len(weights):
-            raise refusal(origin.name, f"{name}/config.json has more layers than its file tensors")
+        if weights := networks.weights[name]:
+            check_depth(origin, config.depth, len(weights), f"{name}/config.json")
         configs[name] = config
     try:
         family.check_configs(configs)

@@ -17,7 +17,7 @@ from safelight.weights.find import Source
 from safelight.weights.headers import plain_header_of
 from safelight.weights.names import Weight, renamed, some, vae_names
 from safelight.weights.names_flux2_vae import STATISTICS, flux2_vae_names
-from safelight.weights.networks import read_config
+from safelight.weights.networks import check_depth, read_config
 
 _TABLES = {
     VAE_PART.network: (VAE_CONFIG, vae_names),
@@ -98,8 +98,7 @@ def check_latents(source: Source, found: Any, own: Any, count: int) -> None:
 
     found, own: its config, and that of the model's autoencoder. count: of its tensors.
     """
-    if found.depth > count:
-        raise refusal(source.name, "its config has more layers than its file tensors")
+    check_depth(source, found.depth, count)
     if found.latent_channels != own.latent_channels:
         raise refusal(
             source.name,

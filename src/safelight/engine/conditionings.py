@@ -15,7 +15,7 @@ MAX_CACHED = 1 << 28
 """The most bytes of conditioning that are cached, unless one prompt takes more."""
 
 
-class Prompts:
+class Conditionings:
     """Conditionings by what they depend on; those that were used least recently are dropped."""
 
     def __init__(self) -> None:
