@@ -22,6 +22,7 @@ def overwrite(path: Path, value: float) -> None:
         file.write(torch.full((1024,), value).numpy().tobytes())
 
 
+@pytest.mark.soak  # the pauses before a restart add up to half a minute
 def test_weights_that_are_overwritten_and_broken_while_a_server_draws(tmp_path: Path) -> None:
     model = text_folder(tmp_path / "model")
     unet = next((model / "unet").glob("*.safetensors"))

@@ -35,7 +35,7 @@ promises() {
 # What the suite takes a part of: every combination of samplers, schedules, families and sizes.
 tables() {
     SAFELIGHT_SOAK=$FIGURES "$BIN/pytest" -m soak tests/parity tests/test_fast.py tests/test_kernels.py tests/test_int8.py \
-        tests/test_train_folder.py tests/server/test_verified.py tests/server/test_same.py &&
+        tests/test_train_folder.py tests/server/test_verified.py tests/server/test_same.py tests/server/test_spoilt.py &&
         SAFELIGHT_SOAK=$FIGURES "$BIN/pytest" tests/parity/test_sampler_tables.py
 }
 
