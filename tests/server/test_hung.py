@@ -134,6 +134,7 @@ def test_kills_from_outside_are_no_fault_of_the_job(server: Serving) -> None:
     assert server.finished(job)["status"] == "succeeded"
 
 
+@pytest.mark.soak  # the suite has those of each database under load
 def test_the_database_away_for_a_while(server: Serving) -> None:
     """It is moved, locked, replaced by a text, and moved again while the worker is killed."""
     file = server.data / "jobs.sqlite3"
