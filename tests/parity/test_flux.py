@@ -1,5 +1,6 @@
 """Pictures of FLUX.1 against diffusers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def compare(worst: Worst, folder: Path, task: str, given: dict[str, Any], **settings: Any) -> None:
-    """Compare latents and pictures: these pipelines' latents are tokens, four numbers a place."""
+def unpacked(tokens: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return FLUX.1's tokens, which have four numbers a channel, as latents of a shape."""
+    _, channels, h, w = shape
+    patches = tokens.reshape(h // 2, w // 2, channels, 2, 2).permute(2, 0, 3, 1, 4)
+    return patches.reshape(1, channels, h, w)
+
+
+def compare(
+    worst: Worst,
+    folder: Path,
+    task: str,
+    given: dict[str, Any],
+    as_latents: Callable[[torch.Tensor, tuple[int, ...]], torch.Tensor] = unpacked,
+    **settings: Any,
+) -> None:
+    """Compare latents and pictures. as_latents: of a pipeline's tokens and the latents' shape."""
     latents, shown = draw(ours(folder), **settings)
     pipe = theirs(folder, task)
     made: list[torch.Tensor] = []
@@ -46,9 +61,7 @@ def compare(worst: Worst, folder: Path, task: str, given: dict[str, Any], **sett
 
     generator = torch.Generator().manual_seed(settings["seed"])
     found = pipe(generator=generator, callback_on_step_end=stepped, **given).images[0]
-    _, channels, h, w = latents.shape
-    expected = made[-1].reshape(h // 2, w // 2, channels, 2, 2).permute(2, 0, 3, 1, 4)
-    expected = expected.reshape(1, channels, h, w).numpy()
+    expected = as_latents(made[-1], latents.shape).numpy()
     error = np.linalg.norm(latents - expected) / np.linalg.norm(expected)
     check(worst, float(error), float(np.abs(shown.astype(int) - np.asarray(found)).max()))
 

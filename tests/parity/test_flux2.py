@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from PIL import Image
 from safelight.engine import Engine
 from safelight.request import Request
 from safelight.weights import load_model
+from tests.parity import test_flux as of_flux
 from tests.parity.flow_models import make_klein
 from tests.parity.test_pictures import (
     NEGATIVE,
     PROMPT,
     Worst,
-    check,
     draw,
     left_half,
     ours,
@@ -41,21 +42,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def compare(worst: Worst, folder: Path, task: str, given: dict[str, Any], **settings: Any) -> None:
-    """Compare latents and pictures: these pipelines' latents are tokens."""
-    latents, shown = draw(ours(folder), **settings)
-    pipe = theirs(folder, task)
-    made: list[torch.Tensor] = []
+def as_latents(tokens: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return FLUX.2's tokens, one a place, as latents of a shape."""
+    return tokens.transpose(1, 2).reshape(shape)
 
-    def stepped(_pipe: Any, _step: int, _time: Any, found: dict[str, Any]) -> dict[str, Any]:
-        made.append(found["latents"])
-        return {}
 
-    generator = torch.Generator().manual_seed(settings["seed"])
-    found = pipe(generator=generator, callback_on_step_end=stepped, **given).images[0]
-    expected = made[-1].transpose(1, 2).reshape(latents.shape).numpy()
-    error = np.linalg.norm(latents - expected) / np.linalg.norm(expected)
-    check(worst, float(error), float(np.abs(shown.astype(int) - np.asarray(found)).max()))
+compare = partial(of_flux.compare, as_latents=as_latents)
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -32,6 +32,16 @@ if TYPE_CHECKING:
     from safelight.weights.plan import Plan
 
 
+def encoder_of(tokenizer: str) -> str:
+    """Return the name of the text encoder that reads a tokenizer's tokens, as folders have it."""
+    return tokenizer.replace("tokenizer", "text_encoder")
+
+
+def tokenizer_of(encoder: str) -> str:
+    """Return the name of the tokenizer of a text encoder, as folders have it."""
+    return encoder.replace("text_encoder", "tokenizer")
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One network of a model.

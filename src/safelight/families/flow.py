@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from safelight.model import Model
     from safelight.nets.reuse import Reuse
     from safelight.prompt.reading import Emphasis, Piece, Reading, Stage, Syntax, Word
+    from safelight.prompt.text_tokenizer import TextTokenizer
     from safelight.prompt.tokenizer import Tokenizer
     from safelight.request import Request
+    from safelight.weights.folder import Folder
     from safelight.weights.plan import Plan
 
 T5_PART = Part(
@@ -300,6 +302,15 @@ class FlowFamily(AutoencodedFamily):
 def texts_of(model: Model, request: Request) -> dict[str, str]:
     """Return the texts to encode; the negative prompt, if it is evaluated, is the first."""
     return {name: text for name, (text, _) in _readings(model, request).items()}
+
+
+def qwen_tokenizer(
+    folder: Folder, configs: Mapping[str, Any], marks: tuple[str, ...]
+) -> TextTokenizer:
+    """Return Qwen3's tokenizer. Raises SafelightError unless each of `marks` is one token."""
+    from safelight.prompt.text_tokenizer import folder_text_tokenizer
+
+    return folder_text_tokenizer(folder, configs["text_encoder"].vocab_size, "tokenizer", marks)
 
 
 def t5_states(model: Model, text: str, tokenizer: str, encoder: str, length: int) -> Tensor:

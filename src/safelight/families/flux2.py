@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.base import Conditioning, Part
-from safelight.families.flow import QWEN3_PART, QWEN_TOKENIZERS, FlowFamily, Reader, Rows
+from safelight.families.flow import (
+    QWEN3_PART,
+    QWEN_TOKENIZERS,
+    FlowFamily,
+    Reader,
+    Rows,
+    qwen_tokenizer,
+)
 from safelight.families.flow_files import (
     FLUX2_LAYOUT,
     FLUX2_TEXTS,
@@ -174,12 +181,9 @@ class Flux2(FlowFamily):
     def load_tokenizers(
         self, folder: Folder | None, configs: Mapping[str, Any], names: Set[str] | None = None
     ) -> dict[str, Any]:
-        from safelight.prompt.text_tokenizer import folder_text_tokenizer
-
         if folder is None:
             return {}
-        vocabulary = configs["text_encoder"].vocab_size
-        found = folder_text_tokenizer(folder, vocabulary, "tokenizer", _MARKS)
+        found = qwen_tokenizer(folder, configs, _MARKS)
         # The states of the filling are read, too. A tokenizer.json alone names no token for it, and
         # GGUF files name others.
         found.pad = found.pieces(_PAD)[0].id

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safelight.errors import SafelightError
 from safelight.families import colours
 from safelight.families.base import Conditioning, Part
-from safelight.families.flow import QWEN3_PART, QWEN_TOKENIZERS, FlowFamily, Reader, Rows
+from safelight.families.flow import (
+    QWEN3_PART,
+    QWEN_TOKENIZERS,
+    FlowFamily,
+    Reader,
+    Rows,
+    qwen_tokenizer,
+)
 from safelight.families.flow_files import Z_IMAGE, ZIMAGE_LAYOUT, Layout, Published
 from safelight.families.latent import VAE_PART
 from safelight.weights.names import Section
@@ -111,12 +118,7 @@ class ZImage(FlowFamily):
     def load_tokenizers(
         self, folder: Folder | None, configs: Mapping[str, Any], names: Set[str] | None = None
     ) -> dict[str, Any]:
-        from safelight.prompt.text_tokenizer import folder_text_tokenizer
-
-        if folder is None:
-            return {}
-        vocabulary = configs["text_encoder"].vocab_size
-        return {"tokenizer": folder_text_tokenizer(folder, vocabulary, "tokenizer", _MARKS)}
+        return {} if folder is None else {"tokenizer": qwen_tokenizer(folder, configs, _MARKS)}
 
     # --- drawing -----------------------------------------------------------------------------
 

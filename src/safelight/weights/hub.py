@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
 from safelight.families import family_of_folder
+from safelight.families.base import tokenizer_of
 from safelight.weights.check import printable, read_json, refusal
 from safelight.weights.digest import digest_file
 from safelight.weights.folder import DIFFUSION, INDEX_LIMIT, choose_weights, shards_of
@@ -88,7 +89,7 @@ def lent(family: Family, index: Mapping[str, Any], lacking: Collection[str]) -> 
     its tokenizer, though CLIP's vocabulary ships with us: the folder may have another.
     """
     beside = {name for name in lacking if name in family.parts}
-    beside = {name.replace("text_encoder", "tokenizer") for name in beside}
+    beside = {tokenizer_of(name) for name in beside}
     wanted = {*lacking, *(beside & family.tokenizers.keys())}
     names = (*family.parts, *family.tokenizers)
     return [name for name in names if name in wanted and not family.lacks(index, name)]

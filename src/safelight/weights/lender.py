@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.families import Family, family_of_folder
+from safelight.families.base import encoder_of, tokenizer_of
 from safelight.weights.check import Header, printable, refusal
 from safelight.weights.encoder_files import kinds_of, place_encoders, read_encoders
 from safelight.weights.find import PartsFinder, Source
@@ -95,7 +96,7 @@ def borrow(
         lenders.append(found)
         lacking = [name for name in lacking if name not in found.names]
     for name in [name for name in lacking if name in file.family.tokenizers]:
-        encoder, library = name.replace("tokenizer", "text_encoder"), finder.library
+        encoder, library = encoder_of(name), finder.library
         if encoder in lacking or library is None:
             continue
         found = installed_for(library, file.family, name, _text_configs(file, lenders))
@@ -202,7 +203,7 @@ def _homes(
     if (found := gguf_home(header)) is None:
         return {}
     home, kind = found
-    mine = {name.replace("text_encoder", "tokenizer") for name in placed.parts}
+    mine = {tokenizer_of(name) for name in placed.parts}
     names = [name for name in of_class(family, kind) if name in mine]
     return {name: home for name in names if name in lacking}
 
@@ -210,7 +211,7 @@ def _homes(
 def missing(family: Family, names: Sequence[str], lenders: Sequence[Lender]) -> str:
     """Return what to say of a file that lacks parts."""
     if all(name in family.tokenizers for name in names):
-        part = family.parts[names[0].replace("tokenizer", "text_encoder")]
+        part = family.parts[encoder_of(names[0])]
         kind = next(kind.title for kind in kinds_of(family) if kind.module == part.module)
         return (
             f"no {listed(names)} in the file; --parts takes {kind}'s tokenizer.json, a folder of "

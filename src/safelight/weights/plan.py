@@ -10,6 +10,7 @@ from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.families import Family, Part, family_of_file, family_of_folder
+from safelight.families.base import encoder_of
 from safelight.families.flow import FlowFamily
 from safelight.sampling import SchedulerConfig
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
@@ -238,9 +239,7 @@ def _file_plan(
     if lacking and not partial:
         lent = {part for lender in lenders for part in lender.networks.parts}
         needed = [
-            name
-            for name in lacking
-            if name not in family.optional or name.replace("tokenizer", "text_encoder") in lent
+            name for name in lacking if name not in family.optional or encoder_of(name) in lent
         ]
         if needed:
             raise refusal(header.name, missing(family, needed, lenders))
