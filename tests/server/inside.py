@@ -190,5 +190,11 @@ class Inside:
         wait_for(over, seconds=seconds)
         return self.job(job_id)
 
+    def drawn(self, **settings: Any) -> bytes:
+        """Return the PNG of a job that succeeds."""
+        job = self.finished(self.submit(**settings))
+        assert job["status"] == "succeeded", job
+        return self.picture(job["id"])
+
     def picture(self, job_id: str, index: int = 0) -> bytes:
         return self.ask("GET", f"/api/pictures/{self.job(job_id)['pictures'][index]['id']}").body

@@ -40,17 +40,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, adapter: Path, net: Path) -
 
 
 def drawn(server: Inside, **settings: Any) -> bytes:
-    """Return the PNG of a job that succeeds."""
-    job_id = server.submit(**{**QUICK, **settings})
-
-    def job() -> Any:
-        return server.ask("GET", f"/api/jobs/{job_id}").json()
-
-    wait_for(lambda: job()["status"] not in ("queued", "running"))
-    assert job()["status"] == "succeeded", job()
-    picture = server.hub.picture_bytes(job()["pictures"][0]["id"])
-    assert picture is not None
-    return picture
+    """Return the PNG of a quick job that succeeds."""
+    return server.drawn(**{**QUICK, **settings})
 
 
 def test_a_job_has_a_picture_as_its_prompt(server: Inside, adapter: Path, tmp_path: Path) -> None:
