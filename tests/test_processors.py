@@ -147,11 +147,19 @@ def test_less_time_than_fast_cores(machine: Machine) -> None:
     assert machine.choose() == Choice(3, "the container may use 3 of 8 processors")
 
 
-@pytest.mark.parametrize("chosen", [{}, {"OMP_NUM_THREADS": "7"}, {"MKL_NUM_THREADS": "7"}])
-def test_the_number_is_set_unless_the_user_says(
-    chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("chosen", "used"),
+    [
+        ({}, {"OMP_NUM_THREADS": "3"}),
+        *[({name: count}, {name: count}) for name in threads.COUNTS for count in ("7", "8,2", "")],
+        *[({name: "9"}, {name: "8"}) for name in threads.COUNTS],
+    ],
+)
+def test_the_number_is_the_users_up_to_that_of_processors(
+    chosen: dict[str, str], used: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processors, "choose", lambda: Choice(3, "a test"))
+    monkeypatch.setattr(processors, "cores", lambda: 8)
     for name in threads.COUNTS:
         monkeypatch.delenv(name, raising=False)
     for name, value in chosen.items():
@@ -160,4 +168,4 @@ def test_the_number_is_set_unless_the_user_says(
     import os
 
     found = {name: os.environ[name] for name in threads.COUNTS if name in os.environ}
-    assert found == (chosen or {"OMP_NUM_THREADS": "3"})
+    assert found == used

@@ -13,7 +13,8 @@ import os
 from safelight import processors
 
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Variables by which a user chooses how many threads there are. If one is set, none is changed."""
+"""Variables by which a user chooses how many threads there are. If one is set, that many are used,
+but no more than there are processors: threads that take turns slow each other down."""
 
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which a user chooses how threads wait. If one is set, nothing is changed."""
@@ -32,12 +33,17 @@ most of them again at each call, which took 20 ms."""
 def before_torch() -> None:
     """Set how many threads there are, how they wait and how many primitives are kept.
 
-    What the user has set stays. Has an effect only before PyTorch is loaded.
+    What the user has set stays, except a number of threads above that of the processors. Has an
+    effect only before PyTorch is loaded.
     """
     wait_asleep()
-    chosen = processors.choose()
-    if chosen is not None and not any(name in os.environ for name in COUNTS):
+    chosen, most = processors.choose(), processors.cores()
+    asked = {name: os.environ[name] for name in COUNTS if name in os.environ}
+    if chosen is not None and not asked:
         os.environ["OMP_NUM_THREADS"] = str(chosen.threads)
+    for name, count in asked.items():
+        if count.isdecimal() and int(count) > most:
+            os.environ[name] = str(most)
     os.environ.setdefault(*PRIMITIVES)
 
 
