@@ -22,6 +22,7 @@ from safelight.errors import SafelightError
 from safelight.explain.watch import watch
 from safelight.recipe import read_recipe
 from safelight.request import Request
+from safelight.weights.hub_names import HubName
 from weights_tiny import raw_file, text_folder
 
 ATTENTION = "down_blocks_0_attentions_0_transformer_blocks_0_"
@@ -598,6 +599,39 @@ class TestRequests:
             with pytest.raises(SafelightError, match="no lora") as caught:
                 model.generate("an apple", loras=[name], **SETTINGS)
             assert "no file here" not in str(caught.value)
+
+    def test_a_file_on_the_hub(
+        self, folder: Path, ink: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+
+        def from_hub(name: HubName, **_: Any) -> Path:
+            asked.append(str(name))
+            return ink
+
+        monkeypatch.setattr("safelight.weights.find.from_hub", from_hub)
+        monkeypatch.chdir(tmp_path)
+        model = load(folder, dtype="float32")
+        address = "https://huggingface.co/org/inks/resolve/main/a/ink.safetensors:0.5"
+        drawn = model.generate("an apple", loras=[address], **SETTINGS)
+        assert drawn.recipe()["loras"][0]["name"] == "org/inks/a/ink.safetensors"
+        local = model.generate("an apple", loras=[f"{ink}:0.5"], **SETTINGS)
+        assert drawn.images[0].tobytes() == local.images[0].tobytes()
+        first = len(asked)
+        model.adapters.choose([AskedLora("org/inks/adapter_model.safetensors")])
+        config = "org/inks/adapter_config.json"
+        assert asked[first:] == [config, "org/inks/adapter_model.safetensors"]
+        first = len(asked)
+        tagged = "an apple<lora:org/inks/a/ink.safetensors>"
+        refusals: list[tuple[Any, dict[str, Any]]] = [
+            (model, {"prompt": "an apple", "loras": ["org/inks"]}),
+            (model, {"prompt": tagged, "prompt_syntax": "a1111"}),
+            (load(folder, takes_paths=False), {"loras": ["org/inks/a/ink.safetensors"]}),
+        ]
+        for one, given in refusals:
+            with pytest.raises(SafelightError, match="no lora"):
+                one.generate(**given, **SETTINGS)
+        assert len(asked) == first
 
     def test_a_folder_of_other_things_hides_no_lora(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

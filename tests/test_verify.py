@@ -242,10 +242,10 @@ def test_a_model_of_the_hub_is_not_searched_in_other_files(folder, here, capsys,
     """Else every file of the models folder is hashed, which takes minutes."""
     cached = {"org/tiny": Path(folder)}
 
-    def from_hub(repo, *_, download, **__):
-        if download or repo not in cached:
-            raise SafelightError(f"{repo} is not in the hub cache")
-        return cached[repo]
+    def from_hub(name, *_, download, **__):
+        if download or str(name) not in cached:
+            raise SafelightError(f"{name} is not in the hub cache")
+        return cached[str(name)]
 
     def hashed(*_):
         raise AssertionError("it read all files of the models folder")

@@ -17,9 +17,10 @@ from safelight.weights import find as module
 from safelight.weights import inspect, load_model
 from safelight.weights.cache import cache_folder
 from safelight.weights.digest import digest_file, digest_files, model_digest
-from safelight.weights.find import find
+from safelight.weights.find import file_on_hub, find, is_cached
 from safelight.weights.folder import Folder, choose_weights
-from safelight.weights.hub import CONTROLNET, MODEL, VAE, _complete, files_of
+from safelight.weights.hub import CONTROLNET, MODEL, VAE, _complete, cached_files, files_of
+from safelight.weights.hub_names import HubName, hub_name
 from test_weights_load import single_file
 from weights_tiny import FAMILY, change, pixel_folder, raw_file, refused, text_folder, write
 
@@ -344,6 +345,84 @@ def test_shards_of_one_network_are_downloaded(layout):
     files = ["config.json", f"{stem}.safetensors.index.json", *shards]
     others = ["README.md", f"{stem}.fp16.safetensors", f"other-{shards[0]}"]
     assert sorted(layout.files({}, [*files, *others], "x")) == sorted(files)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("org/name", HubName("org/name")),
+        ("org/name@v1", HubName("org/name", "v1")),
+        ("org/name/a.gguf", HubName("org/name", None, "a.gguf")),
+        ("org/name@v1/a/b c.SAFETENSORS", HubName("org/name", "v1", "a/b c.SAFETENSORS")),
+        ("https://huggingface.co/org/name", HubName("org/name")),
+        ("https://hf.co/org/name/tree/v1/", HubName("org/name", "v1")),
+        ("https://huggingface.co/org/name/blob/main/a.ckpt", HubName("org/name", None, "a.ckpt")),
+        (
+            "http://www.huggingface.co/org/name/resolve/v1/a/b.pt?download=true#x",
+            HubName("org/name", "v1", "a/b.pt"),
+        ),
+        *[
+            (text, None)
+            for text in (
+                *("name", "models/sd15.safetensors", "org/name/readme.txt", "org/name/folder"),
+                *("org/name/../a.bin", "org/name//a.bin", "org/name/a\\b.bin", "a/b/c\0.bin"),
+                *("/org/name/a.bin", "./org/name/a.bin", "~/org/name/a.bin", "org/name/.gguf/"),
+                *("https://example.com/org/name", "https://huggingface.co/org", "C:/a/b.ckpt"),
+            )
+        ],
+    ],
+)
+def test_names_of_the_hub(text, name):
+    assert hub_name(text) == name
+    assert name is None or hub_name(str(name)) == name
+
+
+@pytest.fixture
+def one_file(hub, tmp_path, monkeypatch):
+    """A hub with a repository of a few files, of which one can be downloaded; what was asked."""
+    names = ["README.md", "a/one.safetensors", "b.gguf", "c.ckpt", "d.bin"]
+    info = SimpleNamespace(
+        sha=COMMIT, siblings=[SimpleNamespace(rfilename=name, size=2e9) for name in names]
+    )
+    asked = []
+
+    def fetch(repo, file, revision):
+        asked.append((repo, file, revision))
+        write(tmp_path / "given" / file, "x" * 64)
+        return str(cached(hub, tmp_path / "given", repo) / file)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    return asked
+
+
+def test_a_file_of_a_repository(one_file, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    name = "org/tiny/a/one.safetensors"
+    refused(lambda: find(name, download=False), f"to get it: safelight download {name}")
+    address = "https://huggingface.co/org/tiny/blob/main/a/one.safetensors"
+    assert cli.run(["download", address]) == 0
+    out, told = capfd.readouterr()
+    assert out.endswith(f"snapshots/{COMMIT}/a/one.safetensors\n")
+    assert "2.00 GB" in told
+    for finds in (find, module.find_vae, module.find_controlnet, module.find_ip_adapter):
+        for given in (name, address):
+            source = finds(given, download=False)
+            assert (source.name, str(source.path)) == (name, out.strip())
+    assert one_file == [("org/tiny", "a/one.safetensors", None)]
+    assert [(one, path.name) for one, path in cached_files()] == [(name, "one.safetensors")]
+    assert is_cached(hub_name(name), "model")
+
+
+def test_a_file_that_a_repository_lacks(one_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = "its files are org/tiny/a/one.safetensors, org/tiny/b.gguf, org/tiny/c.ckpt and 1 more"
+    refused(lambda: find("org/tiny/x.gguf"), "x.gguf is not in that repository", others)
+    refused(lambda: find("org/tiny"), "no model_index.json", others)
+    (tmp_path / "org").mkdir()
+    refused(lambda: find("org/tiny/x.gguf"), "no model 'org/tiny/x.gguf'", "no file or folder here")
+    refused(lambda: file_on_hub(HubName("org/tiny", None, "x.bin"), "lora"), "no lora")
+    assert not one_file
 
 
 @pytest.mark.parametrize(

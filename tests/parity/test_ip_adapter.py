@@ -573,13 +573,14 @@ def test_a_file_of_a_repository(
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    found = read_ip_adapter(models["sd1"], "h94/IP-Adapter/models/small.safetensors").additions
-    assert found["ip_adapter"].source.name == "small"
+    name = "h94/IP-Adapter/models/small.safetensors"
+    found = read_ip_adapter(models["sd1"], name).additions
+    assert found["ip_adapter"].source.name == name
     assert found["image_encoder"].source.path == snapshot / "image_encoder"
     for name, told in (
         ("h94/IP-Adapter", "may be a repository of many IP-Adapters: give the place of a file"),
-        ("h94/IP-Adapter/models/more.safetensors", "to get it: hf download h94/IP-Adapter models/"),
-        ("models/ip/more.pth", "no more.pth in the hub cache, and there is no such file here; to"),
+        ("h94/IP-Adapter/models/more.safetensors", "to get it: safelight download h94/IP-Ad"),
+        ("ip/models/more.pth", "is not in the hub cache"),
         ("nothing", "no ip adapter 'nothing'"),
     ):
         with pytest.raises(SafelightError, match=told):

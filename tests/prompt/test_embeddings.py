@@ -307,6 +307,19 @@ def test_a_bad_embedding_named_by_its_path_says_what_is_wrong(tmp_path):
         finder.located("x" * 5000)
 
 
+def test_an_embedding_on_the_hub(tmp_path, monkeypatch):
+    picture_of(tmp_path / "zork.png")
+    got = []
+    monkeypatch.setattr(
+        "safelight.weights.find.from_hub", lambda name: got.append(name) or tmp_path / "zork.png"
+    )
+    name = "org/zorks@v1/zork.pt"
+    assert EmbeddingFinder(takes_paths=True).located(name).name == "zork"
+    assert list(map(str, got)) == [name]
+    with pytest.raises(SafelightError, match="no embedding"):
+        EmbeddingFinder().located(name)
+
+
 def test_a_cut_off_picture_in_a1111_is_a_warning(clip, tmp_path):
     folder = tmp_path / "embeddings"
     folder.mkdir()

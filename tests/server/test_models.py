@@ -18,6 +18,7 @@ from safelight.server.metrics import MAX_MODELS, REST, Metrics
 from safelight.server.pulse import Pulse
 from safelight.server.settings import WorkerSettings
 from safelight.weights.find import MODELS
+from safelight.weights.hub_names import HubName
 from tests.guiding import controlnet
 
 pytestmark = pytest.mark.xdist_group("models")  # they share a server
@@ -196,7 +197,8 @@ def test_a_model_of_the_hub_is_downloaded_before_its_memory_is_compared(
 ) -> None:
     cached = set[str]()
 
-    def from_hub(repo: str, *_: Any, download: bool, **__: Any) -> Path:
+    def from_hub(name: HubName, *_: Any, download: bool, **__: Any) -> Path:
+        repo = str(name)
         if download:
             cached.add(repo)
         if repo not in cached:

@@ -27,12 +27,12 @@ from safelight.adapters.embedding import BUNDLE
 from safelight.adapters.keys import differ, endings, family_of, refused_kind, slot_of
 from safelight.adapters.names import Target
 from safelight.adapters.passed import is_control, is_idle, repeated
+from safelight.adapters.places import config_of, file_in
 from safelight.errors import SafelightError
 from safelight.weights.check import Header, printable, read_json
 from safelight.weights.digest import HashedFile, digest_file
 from safelight.weights.headers import plain_header_of
 from safelight.weights.kinds import IP_ADAPTER
-from safelight.weights.library import IN_FOLDER
 
 FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 METADATA = "lora_adapter_metadata"
@@ -115,25 +115,6 @@ def open_adapter(path: Path) -> AdapterFile:
         raise refusal(name, f"cannot be read ({error.strerror})") from None
     settings = _settings(name, header, config)
     return AdapterFile(name, header, digest.sha256, hashed, settings)
-
-
-def file_in(path: Path) -> Path:
-    """Return the weight file in a folder that PEFT or diffusers wrote; a file's path as it is.
-
-    Raises SafelightError if a folder has none.
-    """
-    if not path.is_dir():
-        return path
-    for name in IN_FOLDER:
-        if (path / name).is_file():
-            return path / name
-    raise SafelightError(f"{printable(path.name, 60)}: a folder without {' or '.join(IN_FOLDER)}")
-
-
-def config_of(path: Path) -> Path | None:
-    """Return the path of PEFT's config beside a weight file, which has alpha; None without one."""
-    told = path.with_name("adapter_config.json")
-    return told if path.name in IN_FOLDER and told.is_file() else None
 
 
 def match(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelight.adapters.file import file_in
+from safelight.adapters.places import file_in
 from safelight.errors import SafelightError
 from safelight.weights.check import printable
 from safelight.weights.digest import digest_file

@@ -18,8 +18,6 @@ from safelight.adapters.file import (
     AdapterFile,
     Match,
     Shapes,
-    config_of,
-    file_in,
     match,
     open_adapter,
     refusal,
@@ -30,12 +28,14 @@ from safelight.adapters.file import (
 from safelight.adapters.keys import called
 from safelight.adapters.merge import Chosen, merged
 from safelight.adapters.names import Target, layers_of, table
+from safelight.adapters.places import config_of, file_in, on_hub
 from safelight.errors import SafelightError, StorageError
 from safelight.fast import memory
 from safelight.fast.replace import keeps_in_file
 from safelight.weights.cache import stamp_of
 from safelight.weights.check import printable
 from safelight.weights.digest import tensors_digest
+from safelight.weights.hub_names import hub_name
 from safelight.weights.library import IN_FOLDER
 
 if TYPE_CHECKING:
@@ -219,6 +219,9 @@ class Adapters:
                     return path, (path.resolve().stem if path.is_file() else path.resolve().name)
             except (OSError, RuntimeError, ValueError):
                 pass  # too long, or no home: not a path
+            known = model.library is not None and model.library.matches(name, "lora")
+            if not known and (hub := hub_name(name)) is not None and hub.file is not None:
+                return on_hub(hub), str(hub)
         if model.library is None:
             where = "no file here, and " if model.takes_paths and not asked.tagged else ""
             raise SafelightError(

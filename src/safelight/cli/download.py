@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 
 def download(
-    name: Annotated[str, Argument(metavar="ORG/NAME", help="A hub id; @ adds a revision.")],
+    name: Annotated[
+        str,
+        Argument(
+            metavar="ORG/NAME[/FILE]",
+            help="A hub id, also with a file of it, or an address on huggingface.co; @ adds a "
+            "revision.",
+        ),
+    ],
     parts_for: Annotated[
         str | None,
         Option(
@@ -31,22 +38,26 @@ def download(
     ] = None,
     models_dir: options.ModelsDir = None,
 ) -> None:
-    """Download a model or one of its parts from the hub.
+    """Download a model, one of its parts or one file from the hub.
 
     A part is an autoencoder, a ControlNet or the image encoder of an IP-Adapter. Tells the sizes
     first, resumes a download that was cut short, fetches only files that are read, and checks each
-    file's digest. Prints the folder.
+    file's digest. Prints the folder, or the path of the file.
     """
     from safelight.weights import hub
-    from safelight.weights.find import HUB_ID
+    from safelight.weights.hub_names import hub_name
 
-    found = HUB_ID.fullmatch(name)
+    found = hub_name(name)
     if found is None:
-        raise SafelightError(f'{name[:100]!r} is no hub id: expected "org/name"')
+        raise SafelightError(
+            f'{name[:100]!r} is no hub id: expected "org/name" or "org/name/file.safetensors"'
+        )
+    if found.file is not None and parts_for is not None:
+        raise SafelightError(f"--parts-for takes what it needs of {found.repo}: name no file of it")
     if parts and parts_for is None:
         raise SafelightError("--parts is for --parts-for: give the file that lacks something")
     layout = None if parts_for is None else _layout(parts_for, parts or [], models_dir)
-    say(hub.download(found[1], found[2], note, layout))
+    say(hub.download(found, note, layout))
 
 
 def _layout(file: str, parts: list[str], models_dir: str | None) -> "Layout":

@@ -261,7 +261,8 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
     Raises SafelightError if the name could only be a path.
     """
     from safelight.weights.digest import digest_file
-    from safelight.weights.find import BUILT_IN, HUB_ID, is_cached, on_disk
+    from safelight.weights.find import BUILT_IN, is_cached, on_disk
+    from safelight.weights.hub_names import hub_name
     from safelight.weights.library import PARTS, open_library
 
     if used is None:
@@ -279,7 +280,7 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
         return name
     here = on_disk(name)
     plain = Path(name).name == name and name != ".." and not name.startswith("~")
-    hub_id = HUB_ID.fullmatch(name) if ".." not in name else None
+    hub = hub_name(name)
     own = plain and here is not None and here.path.is_dir()  # what generate takes first
     if installed is not None:  # no file is hashed for a tokenizer
         return name if own else str(installed.path)
@@ -290,14 +291,14 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
         right = (e for e in named if e.path.is_file() and digest_file(e.path).sha256 == sha256)
         found = next(right, None)
         # A model of the hub is a folder, too, and by_hash reads all files once.
-        if found is None and folder is None and not (hub_id and is_cached(hub_id, kind)):
+        if found is None and folder is None and not (hub and is_cached(hub, kind)):
             homes = PARTS if kind == "parts" else (looked,)
             found = next(filter(None, (library.by_hash(sha256, home) for home in homes)), None)
         if found is None and not own:  # the check of its hash says what is wrong
             found = folder or next(iter(named), None)
         if found is not None:
             return str(found.path)
-    if not (own or (here is None and (plain or hub_id is not None))):
+    if not (own or (here is None and (plain or hub is not None))):
         raise SafelightError(
             f"the recipe's {kind} {name[:60]!r} is in no models folder, and is not opened as a path"
         )

@@ -20,7 +20,14 @@ from safelight.server.pulse import Pulse
 from safelight.server.served import Served
 from safelight.server.settings import BESIDE, WorkerSettings
 from safelight.weights.estimate import Estimate, estimate
-from safelight.weights.find import find, find_controlnet, find_image_encoder, find_vae, parts_finder
+from safelight.weights.find import (
+    find,
+    find_controlnet,
+    find_image_encoder,
+    find_ip_adapter,
+    find_vae,
+    parts_finder,
+)
 from safelight.weights.load import load_model, pick_device
 from safelight.weights.plan import read_plan
 
@@ -294,6 +301,8 @@ class LoadedModels:
             find(settings.refiner, models_dir=settings.models_dir)
         if settings.controlnet is not None:
             find_controlnet(settings.controlnet, models_dir=settings.models_dir)
+        if settings.ip_adapter is not None:
+            find_ip_adapter(settings.ip_adapter, models_dir=settings.models_dir)
         if settings.image_encoder is not None:
             find_image_encoder(settings.image_encoder, models_dir=settings.models_dir)
 

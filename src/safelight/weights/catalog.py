@@ -17,8 +17,8 @@ from safelight.weights.cache import Stamp, keep, recall, stamp_of
 from safelight.weights.check import Header
 from safelight.weights.find import BUILT_IN, MODELS, Source
 from safelight.weights.headers import header_of
-from safelight.weights.hub import cached_folders
-from safelight.weights.library import PICTURE, Library
+from safelight.weights.hub import cached_files, cached_folders
+from safelight.weights.library import PICTURE, Library, facts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,10 @@ def catalog(library: Library | None, *, everything: bool = False) -> Iterator[Li
             yield _listed("model", name, MODELS / name, "ships with Safelight")
     for name, folder in cached_folders():
         yield _listed("model", name, folder, "hub cache")
+    for name, file in cached_files():
+        kind = facts_of(file).get("kind")  # None: of other programs, such as a language model
+        if kind == "model" or (everything and kind is not None):
+            yield _listed(kind, name, file, "hub cache")
     if library is not None:
         for entry in library.entries(None if everything else "model"):
             yield _listed(entry.kind, entry.name, entry.path, "models folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,26 +14,16 @@ from safelight.weights.hub import (
     MODEL,
     VAE,
     Layout,
-    file_in_cache,
     from_hub,
     parts_for,
 )
-from safelight.weights.library import (
-    ENDINGS,
-    VARIABLE,
-    Library,
-    is_tokenizer_folder,
-    open_library,
-)
+from safelight.weights.hub_names import HubName, hub_name
+from safelight.weights.library import VARIABLE, Library, is_tokenizer_folder, open_library
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"
 PREVIEWS = "preview_vae"
 """The subfolder with a model's own tiny autoencoder for previews; diffusers ignores it."""
-HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?")
-"""A hub id: "org/name", or "org/name@revision" with a branch, a tag or a commit."""
-IN_REPOSITORY = re.compile(rf"{HUB_ID.pattern}/(\w[\w./-]*\.(?:safetensors|bin|pth))")
-"""A file of a repository: a hub id, and the file's place in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +51,8 @@ def find(
     """Find a model by name.
 
     name: a built-in model ("embedded"), the path of a folder or of a single file, a name in the
-      models folder, or a hub id ("org/name", "org/name@revision"). A hub model is taken from the
+      models folder, or a name of the hub: a repository ("org/name", "org/name@revision"), a file
+      in it ("org/name/file.gguf"), or the address of either. What is on the hub is taken from the
       cache if it is complete there, and downloaded if not, unless HF_HUB_OFFLINE is set. A Source
       was found already, and is returned as it is.
     download: False takes a hub model from the cache alone.
@@ -147,26 +137,26 @@ def find_controlnet(
     return _find(str(name), "controlnet", open_library(models_dir), download, CONTROLNET)
 
 
-def find_ip_adapter(name: str | Path, *, models_dir: str | Path | None = None) -> Source:
-    """Find the file of an IP-Adapter: a path, a name in the models folder, or one in a repository.
+def find_ip_adapter(
+    name: str | Path, *, download: bool = True, models_dir: str | Path | None = None
+) -> Source:
+    """Find the file of an IP-Adapter: a path, a name in the models folder, or a file on the hub.
 
-    name: of the last kind are "org/name/folder/file.safetensors" and "org/name@revision/file.bin".
-      They are taken from the hub's cache alone, as a repository holds many adapters.
+    Of the last kind are "org/name/folder/file.safetensors" and "org/name@revision/file.bin", as a
+    repository holds many adapters. See `find`.
 
     Raises SafelightError, one line that says what is missing and how to get it.
     """
     name, library = str(name), open_library(models_dir)
     here = on_disk(name) is not None or (library and library.matches(name, "ip_adapter"))
-    if not here and (inside := IN_REPOSITORY.fullmatch(name)) and ".." not in name:
-        path = file_in_cache(*inside.groups())
-        return Source(path.stem, path)
-    if not here and HUB_ID.fullmatch(name):
+    hub = hub_name(name)
+    if not here and hub is not None and hub.file is None:
         raise SafelightError(
             f"{printable(name, 60)} may be a repository of many IP-Adapters: give the place of a "
             "file in it, as in h94/IP-Adapter/models/ip-adapter_sd15.safetensors",
             code="no_model",
         )
-    return _find(name, "ip_adapter", library, False, MODEL)
+    return _find(name, "ip_adapter", library, download, MODEL)
 
 
 def find_image_encoder(
@@ -192,9 +182,8 @@ def _find(name: str, kind: str, library: Library | None, download: bool, layout:
         return Source(entry.name, entry.path)
     if found is not None:
         return found  # the error of loading it says what is missing
-    hub_id = HUB_ID.fullmatch(name)
-    # "models/sd15.safetensors" is a file that is not there, not a repository.
-    if hub_id is None or name.endswith(ENDINGS) or ".." in name:
+    hub = hub_name(name)
+    if hub is None or looks_local(hub):
         named = kind.replace("_", " ")
         built_in = f"not built in ({', '.join(BUILT_IN)}), " if kind == "model" else ""
         folder = f"{VARIABLE} not set" if library is None else "not in the models folder"
@@ -203,7 +192,27 @@ def _find(name: str, kind: str, library: Library | None, download: bool, layout:
             f'{folder}, no hub id ("org/name")',
             code="no_model",
         )
-    return Source(name, from_hub(hub_id[1], hub_id[2], download=download, layout=layout))
+    return Source(str(hub), from_hub(hub, download=download, layout=layout))
+
+
+def file_on_hub(hub: HubName, kind: str) -> Path:
+    """Return the path of a file on the hub, downloaded if it is not in the cache.
+
+    kind: "lora" or "embedding", for errors. Raises SafelightError if it cannot be had.
+    """
+    if looks_local(hub):
+        raise SafelightError(
+            f"no {kind} {printable(str(hub), 80)}: no file here", code="no_model", field=f"{kind}s"
+        )
+    return from_hub(hub)
+
+
+def looks_local(hub: HubName) -> bool:
+    """Return whether the name of a file on the hub is rather a path with a mistake.
+
+    It is if its first folder is here: nothing is downloaded for a mistyped path.
+    """
+    return hub.file is not None and Path(hub.repo.split("/")[0]).is_dir()
 
 
 def _has_config(folder: Path) -> bool:
@@ -216,15 +225,12 @@ def _holds_parts(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or is_tokenizer_folder(folder)
 
 
-def is_cached(hub_id: re.Match[str], kind: str) -> bool:
-    """Return whether a model, a part of one or one network is in the hub's cache.
-
-    hub_id: a match of HUB_ID.
-    """
+def is_cached(hub: HubName, kind: str) -> bool:
+    """Return whether a model, a part of one or one network is in the hub's cache."""
     networks = {"vae": VAE, "controlnet": CONTROLNET, "image_encoder": IMAGE_ENCODER}
     layout = networks.get(kind, MODEL)
     try:
-        from_hub(*hub_id.groups(), download=False, layout=layout)
+        from_hub(hub, download=False, layout=layout)
     except SafelightError:
         return False
     return True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,12 @@ from safelight.families.base import tokenizer_of
 from safelight.weights.check import printable, read_json, refusal
 from safelight.weights.digest import digest_file
 from safelight.weights.folder import DIFFUSION, INDEX_LIMIT, choose_weights, shards_of
+from safelight.weights.hub_names import HubName
+from safelight.weights.library import ENDINGS
 
 if TYPE_CHECKING:
+    from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
+
     from safelight.families import Family
 
 
@@ -177,99 +181,85 @@ def parts_for(file: Path, lacking: Collection[str], given: Sequence[str] = ()) -
     return Layout(MODEL.index, files, options)
 
 
-def from_hub(
-    repo: str, revision: str | None = None, *, download: bool = True, layout: Layout = MODEL
-) -> Path:
-    """Return the folder of a repository in the hub's cache.
+def from_hub(name: HubName, *, download: bool = True, layout: Layout = MODEL) -> Path:
+    """Return the folder of a repository in the hub's cache, or the path of one file of it.
 
-    It is downloaded if it is not complete there, unless HF_HUB_OFFLINE is set or download is
-    False. Raises SafelightError that says what is missing and how to get it.
+    layout: what a repository has to hold. What is not complete there is downloaded, unless
+    HF_HUB_OFFLINE is set or download is False. Raises SafelightError that says what is missing and
+    how to get it.
     """
     # Takes a quarter of a second to import, and most models need no hub.
     import huggingface_hub as hub
     from huggingface_hub import constants
     from huggingface_hub.errors import HFValidationError
 
-    get = _command(repo, revision, layout)
+    get, wanted = _command(name, layout), name.file or layout.index
     try:
-        index = hub.try_to_load_from_cache(repo, layout.index, revision=revision)
+        found = hub.try_to_load_from_cache(name.repo, wanted, revision=name.revision)
     except HFValidationError as e:
-        raise SafelightError(printable(f"{repo} is not a hub id: {e}", 200)) from None
-    if isinstance(index, str):
-        folder = Path(index).parent
-        if constants.HF_HUB_OFFLINE or not download or _complete(folder, repo, layout):
-            return folder
-    if not download:
-        raise _missing(repo, "is not in the hub cache", get)
-    if constants.HF_HUB_OFFLINE:
-        raise _missing(repo, "is not in the hub cache and HF_HUB_OFFLINE is set", get)
-    return _fetch(repo, revision, (layout,), get)
-
-
-def file_in_cache(repo: str, revision: str | None, file: str) -> Path:
-    """Return the path of one file of a repository in the hub's cache, in its snapshot.
-
-    Raises SafelightError that says how to get it if it is not there.
-    """
-    import huggingface_hub as hub
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = hub.try_to_load_from_cache(repo, file, revision=revision)
-    except HFValidationError as e:
-        raise SafelightError(printable(f"{repo} is not a hub id: {e}", 200)) from None
+        raise SafelightError(printable(f"{name.repo} is not a hub id: {e}", 200)) from None
     if isinstance(found, str):
-        return Path(found)
-    which = f" --revision {revision}" if revision else ""
-    get = f"hf download {repo} {shlex.quote(file)}{which}"
-    raise _missing(repo, f"has no {file} in the hub cache, and there is no such file here", get)
+        path = Path(found)
+        if name.file is not None:
+            return path
+        if constants.HF_HUB_OFFLINE or not download or _complete(path.parent, name.repo, layout):
+            return path.parent
+    if not download:
+        raise _missing(name, "is not in the hub cache", get)
+    if constants.HF_HUB_OFFLINE:
+        raise _missing(name, "is not in the hub cache and HF_HUB_OFFLINE is set", get)
+    return _fetch(name, (layout,), get)
 
 
-def download(
-    repo: str, revision: str | None, tell: Callable[[str], None], layout: Layout | None = None
-) -> Path:
-    """Download a model or one network into the hub's cache, and check it; return its folder.
+def download(name: HubName, tell: Callable[[str], None], layout: Layout | None = None) -> Path:
+    """Download a model, one network or one file into the hub's cache, and check it.
 
-    What is there already stays, and a download that was cut short goes on. tell: called with a line
-    about the sizes before it begins. layout: what is read of the repository; by default it may be a
-    whole model, or one network of the kinds of NETWORK.
+    Returns the folder, or the path of the file. What is there already stays, and a download that
+    was cut short goes on. tell: called with a line about the sizes before it begins. layout: what
+    is read of a repository; by default it may be a whole model, or one network of the kinds of
+    NETWORK.
 
     Raises SafelightError if it cannot be downloaded, or if a file is not what the hub says it is.
     """
     layouts = (MODEL, NETWORK) if layout is None else (layout,)
-    folder = _fetch(repo, revision, layouts, _command(repo, revision, layouts[0]), tell)
-    for path in sorted(folder.rglob("*")):
+    got = _fetch(name, layouts, _command(name, layouts[0]), tell)
+    for path in [got] if name.file is not None else sorted(got.rglob("*")):
         if path.is_file():
             digest_file(path)
-    return folder
+    return got
 
 
-def _command(repo: str, revision: str | None, layout: Layout) -> str:
-    """Return the command that downloads what is read of a repository."""
-    return f"safelight download {repo}{f'@{revision}' if revision else ''}{layout.options}"
+def _command(name: HubName, layout: Layout) -> str:
+    """Return the command that downloads a file, or what is read of a repository."""
+    options = layout.options if name.file is None else ""
+    return f"safelight download {shlex.quote(str(name))}{options}"
 
 
 def _fetch(
-    repo: str,
-    revision: str | None,
+    name: HubName,
     layouts: Sequence[Layout],
     get: str,
     tell: Callable[[str], None] | None = None,
 ) -> Path:
-    """Download the files of a repository that a model is read from, all of one commit.
+    """Download a file, or the files of a repository that a model is read from, of one commit.
 
-    layouts: what it may be; the first whose index it has is taken.
+    layouts: what a repository may be; the first whose index it has is taken.
     """
     import huggingface_hub as hub
 
+    repo, revision = name.repo, name.revision
     try:
         info = hub.HfApi().model_info(repo, revision=revision, files_metadata=tell is not None)
         sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
+        if name.file is not None:
+            if name.file not in sizes:
+                raise _missing(name, f"is not in that repository{_others(name, sizes)}", get)
+            if tell is not None:
+                tell(f"{name}: {_size(sizes, [name.file])}")
+            return Path(hub.hf_hub_download(repo, name.file, revision=revision))
         layout = next((each for each in layouts if each.index in sizes), None)
         if layout is None:
-            raise SafelightError(
-                f"{repo}: no {layouts[0].index}; download its file and give its path"
-            )
+            raise SafelightError(f"{repo}: no {layouts[0].index}{_others(name, sizes)}")
         index = hub.hf_hub_download(repo, layout.index, revision=revision)
         files = layout.files(read_json(Path(index)), list(sizes), repo)
         if tell is not None:
@@ -283,7 +273,14 @@ def _fetch(
     except SafelightError:
         raise
     except Exception as e:  # the hub's client raises what its transport raises
-        raise _missing(repo, _reason(e), get) from e
+        raise _missing(name, _reason(e), get) from e
+
+
+def _others(name: HubName, names: Collection[str]) -> str:
+    """Return some files of weights in a repository, to end an error: "; its files are …"."""
+    files = [f"{replace(name, file=n)}" for n in sorted(names) if n.lower().endswith(ENDINGS)]
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    return f"; its files are {', '.join(files[:3])}{more}" if files else ", and no weights"
 
 
 def _size(sizes: Mapping[str, int], names: Collection[str]) -> str:
@@ -322,27 +319,53 @@ def _reason(error: Exception) -> str:
     return f"could not be downloaded ({type(error).__name__})"
 
 
-def _missing(repo: str, why: str, get: str) -> SafelightError:
+def _missing(name: HubName, why: str, get: str) -> SafelightError:
     # Longer than other errors may be: the command is of no use without its end.
-    return SafelightError(printable(f"{repo} {why}; to get it: {get}", 500), code="no_model")
+    shown = name if name.file is not None else name.repo
+    return SafelightError(printable(f"{shown} {why}; to get it: {get}", 700), code="no_model")
+
+
+def cached_files() -> list[tuple[str, Path]]:
+    """Return the files of weights in the hub's cache that are in no model's folder: name, path."""
+    return [
+        (str(HubName(repo.repo_id, None, file)), revision.snapshot_path / file)
+        for repo, revision in _cached()
+        if not _has_index(revision)
+        for file in sorted(_names(revision))
+        if file.lower().endswith(ENDINGS)
+    ]
 
 
 def cached_folders() -> list[tuple[str, Path]]:
     """Return the models in the hub's cache: the name, and the folder of the newest revision."""
+    return [
+        (repo.repo_id, revision.snapshot_path)
+        for repo, revision in _cached()
+        if _has_index(revision)
+    ]
+
+
+def _cached() -> Iterator[tuple[CachedRepoInfo, CachedRevisionInfo]]:
+    """Yield the repositories of models in the hub's cache, by name, each with one revision.
+
+    It is the newest one that has a model's index, if there is any.
+    """
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
         repos = scan_cache_dir().repos
     except (CacheNotFound, RuntimeError):  # the latter where there is no home directory
-        return []
-    found: list[tuple[str, Path]] = []
-    for repo in repos:
-        whole = [
-            revision
-            for revision in repo.revisions
-            if any(file.file_name == MODEL.index for file in revision.files)
-        ]
-        if repo.repo_type == "model" and whole:
-            newest = max(whole, key=lambda revision: revision.last_modified)
-            found.append((repo.repo_id, newest.snapshot_path))
-    return sorted(found)
+        return
+    for repo in sorted(repos, key=lambda repo: repo.repo_id):
+        if repo.repo_type == "model" and repo.revisions:
+            yield repo, max(repo.revisions, key=lambda r: (_has_index(r), r.last_modified))
+
+
+def _has_index(revision: CachedRevisionInfo) -> bool:
+    return any(file.file_name == MODEL.index for file in revision.files)
+
+
+def _names(revision: CachedRevisionInfo) -> list[str]:
+    """Return the places of a revision's files in its repository."""
+    paths = (file.file_path for file in revision.files)
+    return [path.relative_to(revision.snapshot_path).as_posix() for path in paths]

@@ -50,7 +50,7 @@ def with_image_prompts(
     encoder = None
     if image_encoder is not None:
         encoder = find_image_encoder(image_encoder, download=download, models_dir=models_dir)
-    source = find_ip_adapter(ip_adapter, models_dir=models_dir)
+    source = find_ip_adapter(ip_adapter, download=download, models_dir=models_dir)
     return with_ip_adapter(plan, source, encoder, open_library(models_dir))
 
 

@@ -15,9 +15,10 @@ from safelight.families.flow import FlowFamily
 from safelight.sampling import SchedulerConfig
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 from safelight.weights.check import Header, printable, refusal
-from safelight.weights.find import HUB_ID, PartsFinder, Source
+from safelight.weights.find import PartsFinder, Source
 from safelight.weights.folder import Folder
 from safelight.weights.headers import header_of
+from safelight.weights.hub_names import hub_name
 from safelight.weights.lender import Borrower, Lender, borrow, listed, missing
 from safelight.weights.names import Weight
 from safelight.weights.networks import (
@@ -178,7 +179,8 @@ def read_plan(
         if plan.lacking:
             why = f"it has no {listed(plan.lacking)} either"
         what = f"{printable(Path(name).name, 60)} of the parts"
-        if len(parts.names) == 1 and (Path(name).is_dir() or HUB_ID.fullmatch(name)):
+        hub = hub_name(name)
+        if len(parts.names) == 1 and (Path(name).is_dir() or (hub and hub.file is None)):
             what = "the folder of parts"
         plan.warnings.append(f"{what} is not used: {why}")
     return plan
