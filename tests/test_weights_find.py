@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 from safetensors.torch import load_file, save_file
 
 from safelight import cli
+from safelight.errors import SafelightError
 from safelight.families import family_of_folder
 from safelight.weights import find as module
 from safelight.weights import inspect, load_model
@@ -19,7 +21,15 @@ from safelight.weights.cache import cache_folder
 from safelight.weights.digest import digest_file, digest_files, model_digest
 from safelight.weights.find import file_on_hub, find, is_cached
 from safelight.weights.folder import Folder, choose_weights
-from safelight.weights.hub import CONTROLNET, MODEL, VAE, _complete, cached_files, files_of
+from safelight.weights.hub import (
+    CONTROLNET,
+    MODEL,
+    VAE,
+    _complete,
+    cached_files,
+    download,
+    files_of,
+)
 from safelight.weights.hub_names import HubName, hub_name
 from test_weights_load import single_file
 from weights_tiny import FAMILY, change, pixel_folder, raw_file, refused, text_folder, write
@@ -84,6 +94,18 @@ def test_what_is_no_name_is_refused(name, hub, tmp_path, monkeypatch):
     refused(lambda: find(name), "no model", "embedded", "org/name")
 
 
+def test_the_closest_name_is_told(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: find("embeded"), "did you mean 'embedded'?")
+    (tmp_path / "Stable-diffusion").mkdir()
+    raw_file(tmp_path / "Stable-diffusion/deliberate_v2.safetensors", {})
+    for name in ("deliberate-v2", "models/Deliberate_V3.safetensors"):
+        refused(lambda name=name: find(name, models_dir=tmp_path), "did you mean 'deliberate_v2'?")
+    with pytest.raises(SafelightError) as caught:
+        find("x" * 100_000)
+    assert "did you mean" not in str(caught.value)
+
+
 def test_built_in_models_are_in_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MODELS", tmp_path)
     refused(lambda: find("embedded"), "not part of this installation")
@@ -108,7 +130,8 @@ def test_a_cached_model_is_found_offline_in_a_fresh_process(tmp_path):
 
 
 def test_an_absent_model_says_how_to_get_it(hub, monkeypatch):
-    refused(lambda: find("org/tiny"), "could not be downloaded", "safelight download org/tiny")
+    unreached = "the hub could not be reached (ConnectionError): is there a network"
+    refused(lambda: find("org/tiny"), unreached, "safelight download org/tiny")
     refused(lambda: find("org/tiny@v1"), "safelight download org/tiny@v1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(lambda: find("org/tiny"), "HF_HUB_OFFLINE is set", "safelight download org/tiny")
@@ -125,6 +148,18 @@ def test_without_download_the_hub_is_not_asked(hub, tmp_path, monkeypatch):
 
 def test_the_hubs_own_refusals_are_told(hub, monkeypatch):
     response = SimpleNamespace(headers={}, status_code=404, request=SimpleNamespace(url=""))
+    offline = errors.OfflineModeIsEnabled("x")
+    for told in (httpx2.ConnectError("x"), offline):
+
+        def fail(*args, told=told, **kwargs):
+            raise told
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+        word = "unset it" if told is offline else "could not be reached (ConnectError)"
+        with pytest.raises(SafelightError) as caught:
+            download(HubName("org/tiny"), print)
+        assert word in str(caught.value)
+        assert "safelight download" not in str(caught.value)  # it is this command
     for error, word in (
         (errors.GatedRepoError, "terms"),
         (errors.RevisionNotFoundError, "no such revision"),

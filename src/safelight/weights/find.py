@@ -18,7 +18,13 @@ from safelight.weights.hub import (
     parts_for,
 )
 from safelight.weights.hub_names import HubName, hub_name
-from safelight.weights.library import VARIABLE, Library, is_tokenizer_folder, open_library
+from safelight.weights.library import (
+    VARIABLE,
+    Library,
+    close_name,
+    is_tokenizer_folder,
+    open_library,
+)
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"
@@ -184,15 +190,23 @@ def _find(name: str, kind: str, library: Library | None, download: bool, layout:
         return found  # the error of loading it says what is missing
     hub = hub_name(name)
     if hub is None or looks_local(hub):
-        named = kind.replace("_", " ")
+        raise _not_found(name, kind, library)
+    return Source(str(hub), from_hub(hub, download=download, layout=layout))
+
+
+def _not_found(name: str, kind: str, library: Library | None) -> SafelightError:
+    """Return the error for a name that nothing has, with the closest name that something has."""
+    told = f"no {kind.replace('_', ' ')} {printable(repr(name), 40)}"
+    known = [*BUILT_IN] if kind == "model" else []
+    if library is not None:
+        known += [entry.name for entry in library.entries(kind)]
+    if (near := close_name(name, known)) is not None:
+        why = f"no such file or folder, nor such a name; did you mean {printable(repr(near), 60)}?"
+    else:
         built_in = f"not built in ({', '.join(BUILT_IN)}), " if kind == "model" else ""
         folder = f"{VARIABLE} not set" if library is None else "not in the models folder"
-        raise SafelightError(
-            f"no {named} {printable(repr(name), 40)}: {built_in}no file or folder here, "
-            f'{folder}, no hub id ("org/name")',
-            code="no_model",
-        )
-    return Source(str(hub), from_hub(hub, download=download, layout=layout))
+        why = f'{built_in}no file or folder here, {folder}, no hub id ("org/name")'
+    return SafelightError(f"{told}: {why}", code="no_model")
 
 
 def file_on_hub(hub: HubName, kind: str) -> Path:

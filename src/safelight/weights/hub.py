@@ -222,7 +222,7 @@ def download(name: HubName, tell: Callable[[str], None], layout: Layout | None =
     Raises SafelightError if it cannot be downloaded, or if a file is not what the hub says it is.
     """
     layouts = (MODEL, NETWORK) if layout is None else (layout,)
-    got = _fetch(name, layouts, _command(name, layouts[0]), tell)
+    got = _fetch(name, layouts, "", tell)
     for path in [got] if name.file is not None else sorted(got.rglob("*")):
         if path.is_file():
             digest_file(path)
@@ -308,21 +308,31 @@ def _complete(folder: Path, repo: str, layout: Layout) -> bool:
 def _reason(error: Exception) -> str:
     from huggingface_hub import errors
 
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "is not downloaded while HF_HUB_OFFLINE is set: unset it"
     if isinstance(error, errors.GatedRepoError):
         return "asks for its terms to be accepted on the hub, and a login (hf auth login)"
     if isinstance(error, errors.RevisionNotFoundError):
         return "has no such revision"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "is not on the hub, or is private (hf auth login)"
-    if isinstance(error, OSError) and not isinstance(error, errors.HfHubHTTPError):
-        return f"is not in the hub cache and could not be downloaded ({type(error).__name__})"
+    # The client's transport is httpx or httpx2, by its version.
+    transport = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+    if transport and not isinstance(error, errors.HfHubHTTPError):
+        return (
+            f"is not in the hub cache, and the hub could not be reached ({type(error).__name__}): "
+            "is there a network, or a proxy (HTTPS_PROXY)?"
+        )
     return f"could not be downloaded ({type(error).__name__})"
 
 
 def _missing(name: HubName, why: str, get: str) -> SafelightError:
-    # Longer than other errors may be: the command is of no use without its end.
+    """Return an error about what is not there; `get` is the command that gets it, "" for none."""
     shown = name if name.file is not None else name.repo
-    return SafelightError(printable(f"{shown} {why}; to get it: {get}", 700), code="no_model")
+    told = f"{shown} {why}"
+    if get:  # longer than other errors may be: the command is of no use without its end
+        told += f"{'' if told.endswith('?') else ';'} to get it: {get}"
+    return SafelightError(printable(told, 700), code="no_model")
 
 
 def cached_files() -> list[tuple[str, Path]]:

@@ -8,8 +8,9 @@ out of the folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from safelight.errors import SafelightError
@@ -130,6 +131,8 @@ class Library:
         links = [p for p in self._scan()[1] if p.name.casefold() == Path(name).name.casefold()]
         if links:
             why = f"{named} {shown} is a link to a folder, which is not followed; link its files"
+        elif near := close_name(name, [entry.name for entry in self.entries(kind)]):
+            why += f"; did you mean {printable(repr(near), 60)}?"
         elif there := [printable(e.name, 40) for e in self.entries(kind)[:4]]:
             why += f"; there are {', '.join(there[:3])}{' …' if len(there) > 3 else ''}"
         raise SafelightError(why, code="no_model", field=field)
@@ -257,6 +260,17 @@ def open_library(folder: str | Path | None = None) -> Library | None:
     """
     given = folder if folder is not None else os.environ.get(VARIABLE) or None
     return None if given is None else Library(given)
+
+
+def close_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is closest to a mistyped one, None if none is close.
+
+    Folders before a name, endings and case are passed over.
+    """
+    plain = {_stem(Path(_last(one))).casefold(): one for one in known}
+    # Only a name is compared, as the time grows with its square.
+    near = get_close_matches(_stem(Path(_last(name[-200:]))).casefold(), plain, 1, 0.7)
+    return plain[near[0]] if near else None
 
 
 def is_model_folder(path: Path) -> bool:
