@@ -8,6 +8,7 @@ import pytest
 
 import safelight
 from safelight.model import Model
+from safelight.words import split_words
 
 MODELS = Path(safelight.__file__).parent / "models"
 MIB = 2**20
@@ -116,6 +117,17 @@ def test_the_model_card_names_the_weights() -> None:
             f"| `{path.relative_to(MODELS)}` | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |"
         )
         assert row in card
+
+
+def test_the_vocabulary_page_has_what_the_model_knows(model: Model) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "vocabulary.md").read_text()
+    things, _, rest = page.partition("## The 458 things")[2].partition("## Other names")
+    named = [thing for block in things.split(".") for thing in block.split(",") if thing.strip()]
+    assert len(named) == 458
+    assert model.words is not None
+    assert model.words.issuperset(split_words(things))
+    names = rest[rest.index(":") : rest.index("## Colours")]
+    assert model.words.issuperset(split_words(names))
 
 
 def middle(picture: np.ndarray) -> np.ndarray:

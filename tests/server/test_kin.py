@@ -1,4 +1,4 @@
-"""Variants of what an attack found: other places with the same faults; see docs/attack.md."""
+"""Variants of what an attack found: other places with the same faults; see docs/decisions/0109."""
 
 from __future__ import annotations
 
