@@ -130,6 +130,10 @@ def evaluate(
         int | None,
         Option(help="Train the kept judge further first, for so many steps.", show_default=False),
     ] = None,
+    like: Annotated[
+        str | None,
+        Option(help="Ask the prompts of this model, to compare both.", show_default=False),
+    ] = None,
 ) -> None:
     """Judge what the model draws, with the judge of OUT or else the kept one. If neither knows the
     things that the model was taught, a judge is trained.
@@ -149,8 +153,11 @@ def evaluate(
             raise SafelightError(f"--steps {steps}: expected 1 to 1000000")
         plan = replace(PLAN, steps=steps, warmup=min(PLAN.warmup, max(1, steps // 10)))
     judge, judged = judge_of(stage, path, out, plan), load_model(model)
-    run = figures.evaluate if judged.uses_prompt else unconditional.evaluate
-    typer.echo(run(judged, judge, stage, out, share=share))
+    if not judged.uses_prompt:
+        typer.echo(unconditional.evaluate(judged, judge, stage, out, share=share))
+        return
+    asks = None if like is None else load_model(like)
+    typer.echo(figures.evaluate(judged, judge, stage, out, share=share, like=asks))
 
 
 @app.command()

@@ -187,15 +187,17 @@ def evaluate(
     out: Path,
     *,
     share: float = 1.0,
+    like: Model | None = None,
     log: Callable[[str], None] = progress,
 ) -> Path:
     """Draw the prompts and judge them; returns out/evaluation.json, which has sheets beside it.
 
-    share: of the prompts. Composed pictures of the same scenes are judged, too: what the judge
+    share: of the prompts. like: a model whose prompts are asked, to compare both. Composed pictures of the same scenes are judged, too: what the judge
     gets wrong there is not the model's fault.
     """
     scenes = stage.scenes
-    asked = invent(scenes, model.words, scenes.held_out_words, share=share)
+    words = (model if like is None else like).words
+    asked = invent(scenes, words, scenes.held_out_words, share=share)
     wanted, names = [a.scene for a in asked], list(scenes.names)
     rng = np.random.default_rng([0, 2])
     out.mkdir(parents=True, exist_ok=True)
