@@ -192,8 +192,8 @@ def evaluate(
 ) -> Path:
     """Draw the prompts and judge them; returns out/evaluation.json, which has sheets beside it.
 
-    share: of the prompts. like: a model whose prompts are asked, to compare both. Composed pictures of the same scenes are judged, too: what the judge
-    gets wrong there is not the model's fault.
+    share: of the prompts. like: a model whose prompts are asked, to compare both. Composed pictures
+    of the same scenes are judged, too: what the judge gets wrong there is not the model's fault.
     """
     scenes = stage.scenes
     words = (model if like is None else like).words
