@@ -26,6 +26,7 @@ from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
 from safelight.settings import settings_of
+from safelight.sizes import unlike_native
 from safelight.storage import storage_at
 
 DIGEST = "ab" * 32
@@ -215,7 +216,25 @@ class TestGenerate:
         Image.new("RGB", (256, 256)).save("photo.png")
         done = run("generate", "a", "--image", "photo.png")
         assert "256x256 will hardly show" in done.err
-        assert "; give other --width and --height" in done.err
+        assert "; give --width 64 --height 64, or enlarge the result" in done.err
+
+    def test_a_phone_s_photo_gets_the_model_s_own_size_as_advice(self, run, model):
+        Image.new("RGB", (4032, 3024)).save("photo.png")
+        done = run("generate", "a dog", "--image", "photo.png")
+        assert refused(done, "image is 4032x3024", "ask for width 296 and height 224")
+        assert model.loaded == []
+        model.native_size = (256, 256)
+        assert run("generate", "a", "--image", "photo.png", "-W", "296", "-H", "224").err == ""
+        done = run("generate", "a dog", "--image", "photo.png", "--model", "none")
+        assert refused(done, "ask for width 592 and height 440")
+
+    def test_a_size_is_warned_of_once(self, run, model):
+        own = unlike_native("plain", (64, 64), (512, 768))
+        model.warnings = [own, "another"]
+        done = run("generate", "a", "-W", "512", "-H", "768", "--json")
+        assert done.err.count("plain was trained on") == 1
+        assert done.err.endswith("warning: another\n")
+        assert json.loads(done.out)["warnings"] == [own, "another"]
 
     def test_what_no_model_could_draw_is_refused_before_one_is_loaded(self, run, model):
         Image.new("L", (4000, 64)).save("wide.png")
@@ -314,6 +333,7 @@ class TestBadInput:
         [
             ([], "PROMPT"),
             (["a", "--sampler", "eulr"], "euler"),
+            (["a", "--scheduler", "karras"], "give it as schedule (--schedule karras)"),
             (["a", "--width", "100"], "multiple of 8"),
             (["a", "--height", "2056"], "2048"),
             (["a", "--steps", "0"], "1 to 1000"),
@@ -345,7 +365,7 @@ class TestBadInput:
             (["a", "--out", "text.png/a.png"], "cannot be written"),
             (["a", "--out", "a" * 300 + ".png"], "cannot be written"),
             (["a", "--bogus"], "--bogus"),
-            (["a", "b"], "b"),
+            (["a", "b"], '(b): put the prompt in quotes, as in safelight generate "a red apple"'),
         ],
     )
     def test_is_one_line_and_nothing_written(self, run, model, tmp_path, arguments, named):
@@ -557,6 +577,10 @@ class TestTools:
         lines = run("inspect", "safelight-3.png").out.splitlines()
         assert "settings.prompt: a \\x1b[31mred\\x1b[0m apple" in lines
         assert "model.sha256: " + DIGEST in lines
+        assert "settings.sampler: pndm" in lines  # the model's default is another
+        assert not [line for line in lines if "aesthetic_score" in line or "syntax" in line]
+        lines = run("inspect", "safelight-3.png", "--all").out.splitlines()
+        assert "settings.prompt_syntax: plain" in lines
         told = json.loads(run("inspect", "safelight-3.png", "--json").out)
         assert told == read_recipe("safelight-3.png")
 
@@ -600,9 +624,11 @@ class TestTools:
         Image.new("RGB", (64, 64), "red").save("in.png")
         Image.new("RGB", (64, 64), "blue").save("other.png")
         run("generate", "a", "--image", "in.png", "--out", "a.png")
-        assert refused(run("verify", "a.png"), "image is needed again")
+        done = run("verify", "a.png")
+        assert refused(done, "image is needed again", ": give it with --image\n")
         assert refused(run("verify", "a.png", "--image", "other.png"), "image must be the one")
         assert run("verify", "a.png", "--image", "in.png").out == "0\n"
+        assert run("verify", "a.png", "--init-image", "in.png").out == "0\n"
 
     def test_verify_a_picture_that_was_enlarged(self, run, model):
         run("generate", "a", "--seed", "3", "--out", "a.png")

@@ -129,6 +129,11 @@ class TestGrid:
     def test_each_is_told_once(self, made: Grid, told: list[tuple[int, int]]) -> None:
         assert sorted(told) == [(column, row) for column in range(3) for row in range(2)]
 
+    def test_the_note_names_no_setting_at_its_default(self, made: Grid) -> None:
+        shared = made._shared()
+        assert shared["guidance_scale"] == 4  # its default is the model's
+        assert not {"prompt_syntax", "aesthetic_score", "control_scale"} & shared.keys()
+
     def test_the_recipe(self, made: Grid, tmp_path) -> None:
         made.save(tmp_path / "grid.png")
         recipe = read_recipe(tmp_path / "grid.png")

@@ -61,6 +61,20 @@ def test_no_names_and_no_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert "~/.cache/hub, not there yet, writable" in text
 
 
+@pytest.mark.parametrize(
+    ("count", "told"), [(1, "Threads     1\n"), (2, "Threads     2, which sleep while they wait\n")]
+)
+def test_one_thread_waits_for_no_other(
+    monkeypatch: pytest.MonkeyPatch, count: int, told: str
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    monkeypatch.setattr("safelight.processors.best", lambda: 3)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    text = "\n".join(doctor.report(doctor.examine()))
+    assert told in text
+    assert f"PyTorch has {count} thread{'s' * (count > 1)}\n" in text
+
+
 @pytest.mark.parametrize(("free", "told"), [(3 * 10**9, ", 3.0 GB of it free"), (0, "")])
 def test_free_memory_is_what_this_container_may_take(
     monkeypatch: pytest.MonkeyPatch, free: int, told: str

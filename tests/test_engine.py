@@ -288,6 +288,11 @@ def test_nan_is_an_error_and_never_a_black_picture(model: Model, monkeypatch) ->
         model.generate("a cat", seed=1, **FEW)
 
 
+def test_a_photo_that_is_too_large_is_told_the_model_s_own_size(model: Model) -> None:
+    with pytest.raises(SafelightError, match="ask for width 296 and height 224"):
+        resolve_request(model, Request(prompt="a cat", image=photo(2800, 2100)))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

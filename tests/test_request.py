@@ -340,7 +340,7 @@ class TestJson:
         request = Request(image=PICTURE)
         assert request.fitted() is request
         assert Request().fitted().image is None
-        with pytest.raises(SafelightError, match="ask for width 2048 and height 1536"):
+        with pytest.raises(SafelightError, match="ask for width 592 and height 440"):
             Request(image=Image.new("RGB", (4000, 3000))).fitted()
         with pytest.raises(SafelightError, match="ask for width 64 and height 128"):
             Request(image=Image.new("RGB", (50, 100))).fitted()

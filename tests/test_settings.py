@@ -11,6 +11,7 @@ from pydantic import Field
 from safelight.cli import generate, options
 from safelight.compare import Axis
 from safelight.defaults import BY_MODEL
+from safelight.errors import SafelightError
 from safelight.keywords import GenerateSettings, RequestSettings
 from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
@@ -156,6 +157,27 @@ class TestTheSettings:
         ):
             assert sampler_and_schedule(theirs) == (ours, None)
         assert sampler_and_schedule("DPM fast") is None
+
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [
+            ("DPM++ SDE Karras", "the most like it is dpmpp_2m_sde with schedule karras"),
+            ("DPM++ 2S a", "the most like it is dpm2_a"),
+            ("dpm_adaptive", "the most like it is dpmpp_2m"),
+            ("DPM++ 2N Karras", "did you mean dpmpp_2m with schedule karras?"),
+            ("Euler aa Karras", "did you mean euler_a?"),  # it takes no schedule
+            ("k_euler_a", "did you mean euler_a?"),
+            ("Karras", "karras is a schedule: give it as schedule (--schedule karras)"),
+            ("SGM Uniform", "here it is the spacing trailing: give that as spacing"),
+            ("normal", "it is the model's own schedule"),
+            ("\0" * 9000, "known: pndm, "),
+        ],
+    )
+    def test_an_unknown_sampler_s_error_says_what_may_be_meant(self, name: str, told: str) -> None:
+        with pytest.raises(SafelightError) as caught:
+            Request(sampler=name)
+        assert told in str(caught.value)
+        assert (caught.value.code, caught.value.field) == ("unknown_sampler", "sampler")
 
     def test_help_of_a_request_is_short(self) -> None:
         import pydoc

@@ -824,6 +824,19 @@ def test_bad_commands(
     assert "\n" not in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [("fine-tune", "finetune.finetune"), ("text-to-image", "scratch.text_to_image")],
+)
+def test_how_to_draw_with_the_result_is_told(
+    command: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"safelight.train.{function}", lambda *_, **__: Path("o/model"))
+    result = CliRunner().invoke(app, ["train", command, ".", "--out", "o"])
+    assert result.stdout == "o/model\n"
+    assert result.stderr == "draw with: safelight generate PROMPT --model o/model\n"
+
+
 def curve(folder: Path) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

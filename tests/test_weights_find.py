@@ -733,7 +733,7 @@ def test_parts_of_a_whole_file_are_not_looked_for(hub, tmp_path, monkeypatch, ca
     monkeypatch.setattr("safelight.families.sd.VARIANTS", (FAMILY,))
     whole = single_file(tmp_path / "whole.safetensors", FAMILY)
     told = load_model(whole, parts="org/tiny", device="cpu").warnings
-    assert "the folder of parts is not used: whole lacks nothing" in told
+    assert "'org/tiny' of the parts was not looked for: whole lacks nothing" in told
     assert cli.run(["download", "org/tiny", "--parts-for", str(whole)]) == 2
     assert "lacks nothing" in capfd.readouterr().err
 

@@ -295,7 +295,11 @@ def test_settings_that_are_not_there_are_named(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     refused(lambda: load_model(str(folder), device="cuda"), "'cuda' is not there", "cpu")
-    refused(lambda: load_model(str(folder), device="toaster"), "'toaster' is not there")
+    refused(
+        lambda: load_model(str(folder), device="toaster"),
+        "'toaster' is not there",
+        "a GPU is called",
+    )
     refused(lambda: load_model(str(folder), device="cpu", dtype="int8"), "'int8'", "float32")
     refused(lambda: load_model(str(folder), device="cpu", prediction_type="v"), "v_prediction")
 

@@ -224,11 +224,11 @@ def test_an_embedding_that_no_prompt_names_is_said(model):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"embeddings": ["ink"]}, "no embedding 'ink' in the models folder; there are inkx"),
+        ({"embeddings": ["ink"]}, "no embedding 'ink' in the models folder; did you mean 'inkx'"),
         ({"embeddings": ["wide"]}, "embedding wide: vectors of 99 numbers; this model reads 24"),
         (
             {"prompt": "embedding:ink", "prompt_syntax": "comfy"},
-            "no embedding 'ink' in the models folder; there are inkx",
+            "no embedding 'ink' in the models folder; did you mean 'inkx'",
         ),
         ({"embeddings": [""]}, "embeddings must be"),
         ({"styles": ["old"]}, "there is no style 'old': no file of styles was given"),

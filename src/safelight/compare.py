@@ -20,7 +20,7 @@ from safelight.picture import save_png
 from safelight.recipe import png_texts
 from safelight.request import Request
 from safelight.result import Result
-from safelight.settings import Setting, settings_of
+from safelight.settings import Setting, settings_of, unlike_defaults
 
 if TYPE_CHECKING:
     from safelight.model import Model
@@ -174,10 +174,10 @@ class Grid:
         return all(result.settings[name] == first for row in self.results for result in row)
 
     def _shared(self) -> dict[str, Any]:
-        """Return the settings that all cells share, without empty ones."""
+        """Return the settings that all cells share, without empty ones and those at a default."""
         names = [name for name in SETTINGS if name not in ("prompt", "width", "height")]
-        first = self.results[0][0].settings
-        return {name: first[name] for name in names if first[name] and self._same(name)}
+        first = unlike_defaults(Request, self.results[0][0].settings)
+        return {name: first[name] for name in names if first.get(name) and self._same(name)}
 
 
 def grid(

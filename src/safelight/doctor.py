@@ -48,13 +48,14 @@ def report(found: dict[str, Any]) -> list[str]:
     """Return the lines of a page about what `examine` found."""
     versions, processor, waits = found["versions"], found["processor"], found["threads"]
     has, precision = found["memory"], found["precision"]
+    wait = f", which {waits['waiting']}" if waits["count"] > 1 else ""  # one waits for no other
     lines = [
         f"Safelight {versions['safelight']}, {found['system']}",
         "",
         "Versions    " + ", ".join(f"{k} {v}" for k, v in versions.items() if k != "safelight"),
         f"Processor   {processor['name']}, {processor['cores']} cores",
         f"            instructions: {', '.join(processor['instructions']) or 'none that count'}",
-        f"Threads     {waits['count']}, which {waits['waiting']}",
+        f"Threads     {waits['count']}{wait}",
         *([f"            {waits['why']}"] if waits["why"] else []),
         f"Precision   {precision['auto']}: {precision['why']}",
         f"Kernels     SAFELIGHT_KERNELS={found['kernels']['setting']}",
@@ -198,7 +199,8 @@ def _advice(found: dict[str, Any]) -> list[str]:
         advice.append("a build of PyTorch with oneDNN (torch.backends.mkldnn)")
     count, best = found["threads"]["count"], processors.best()
     if best is not None and count != best:
-        advice.append(f"OMP_NUM_THREADS={best}: PyTorch has {count} threads")
+        has = f"{count} threads" if count != 1 else "1 thread"
+        advice.append(f"OMP_NUM_THREADS={best}: PyTorch has {has}")
     for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"):
         if name in os.environ:
             advice.append(f"unset {name}, which keeps PyTorch from this processor's instructions")

@@ -267,16 +267,16 @@ class Request(RequestFields, metaclass=_Listed):
         made._digests = {name: digests[name] for name in pictures if name in digests}
         return made._check_together()
 
-    def fitted(self) -> Self:
+    def fitted(self, native: tuple[int, int] | None = None) -> Self:
         """Return the same request with its pictures at the size to draw.
 
         `to_dict` has the digests of the originals. Raises SafelightError for a picture that is too
-        small or too large, if no size is asked for.
+        small or too large, if no size is asked for; it names a size like native, the model's own.
         """
         if self.sized_by is None:
             return self
         name = "control_image" if self.image is None else "image"
-        size = size_of(self.sized_by.size, self.width, self.height, name=name)
+        size = size_of(self.sized_by.size, self.width, self.height, name=name, native=native)
         if self.hires_scale != 1:  # the engine fits them to each pass
             return self.model_copy(update=dict(zip(("width", "height"), size, strict=True)))
         how = {"mask": Resampling.NEAREST}

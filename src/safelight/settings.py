@@ -232,6 +232,16 @@ def settings_of(request_type: type[Request]) -> dict[str, Setting]:
     return _READ[request_type]
 
 
+def unlike_defaults(request_type: type[Request], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those at their default.
+
+    A setting whose default depends on the model or on the picture stays.
+    """
+    known = settings_of(request_type)
+    fixed = {name: one.default for name, one in known.items() if not one.about.default}
+    return {name: value for name, value in given.items() if fixed.get(name, ...) != value}
+
+
 def json_schema(request_type: type[Request]) -> dict[str, Any]:
     """Return the schema of a JSON object that holds a request's settings."""
     return {

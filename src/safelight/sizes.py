@@ -4,6 +4,9 @@ from safelight.errors import SafelightError
 
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 64, 2048, 8
 
+USUAL_SIZE = 512, 512
+"""What to draw at if it is not known which model draws: the size of Stable Diffusion 1."""
+
 _ROBUST = 512 * 512
 """Models of fewer native pixels are small networks that saw one size only. `embedded`, of 256x256,
 ruins its pictures at 288x288. Stable Diffusion, of 512x512, draws up to _MOST_TIMES as many."""
@@ -19,6 +22,12 @@ def allowed_size(size: tuple[int, int]) -> tuple[int, int]:
     """Return the nearest size of the same proportions that a picture may have."""
     scale = max(min(1.0, MAX_SIDE / max(size)), MIN_SIDE / min(size))
     return allowed_side(size[0] * scale), allowed_side(size[1] * scale)
+
+
+def own_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of a model's own number of pixels in the proportions of `size`, about."""
+    scale = (native[0] * native[1] / (size[0] * size[1])) ** 0.5
+    return allowed_size((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
 
 
 def is_small(native: tuple[int, int]) -> bool:
@@ -39,14 +48,28 @@ def drawable_size(size: tuple[int, int], native: tuple[int, int]) -> tuple[int, 
     times = size[0] * size[1] / pixels
     if times <= (1 if is_small(native) else _MOST_TIMES):
         return size
-    scale = times**-0.5
-    return allowed_size((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
+    return own_size(size, native)
+
+
+def unlike_native(model: str, native: tuple[int, int], size: tuple[int, int]) -> str:
+    """Return the warning about a size that a model was not trained on."""
+    return (
+        f"{model} was trained on {native[0]}x{native[1]}; "
+        f"at {size[0]}x{size[1]} it may repeat itself or fall apart"
+    )
 
 
 def size_of(
-    picture: tuple[int, int], width: int | None, height: int | None, *, name: str = "image"
+    picture: tuple[int, int],
+    width: int | None,
+    height: int | None,
+    *,
+    name: str = "image",
+    native: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Return the width and height to draw at, for a picture that is given. name: its setting.
+
+    native: the width and height that the model draws best, for the advice of an error.
 
     Where one side is asked for, the other keeps the picture's proportions; where none is, both are
     the nearest multiples of SIDE_STEP. Raises SafelightError for a picture that is too small or
@@ -59,11 +82,12 @@ def size_of(
         )
         if MIN_SIDE <= min(near) <= max(near) <= MAX_SIDE:
             return near
-        # A photo at MAX_SIDE takes hours on a CPU, so the user has to ask for it.
-        wide, high = allowed_size(picture)
+        # A photo at MAX_SIDE takes hours on a CPU, and most models draw it badly.
+        wide, high = own_size(picture, native or USUAL_SIZE)
         raise SafelightError(
             f"{name} is {picture[0]}x{picture[1]}; sides must be from {MIN_SIDE} to {MAX_SIDE}: "
-            f"ask for width {wide} and height {high} to have it resized",
+            f"ask for width {wide} and height {high}, about the model's own size, to have it "
+            "resized",
             field=name,
         )
     if width is not None and height is not None:

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tokenizers import AddedToken
 
 import safelight
+from safelight.engine.requests import resolve_request
 from safelight.model import Model
 from safelight.prompt.learned import Learned
 from safelight.prompt.tokenizer import Tokenizer, _clip_tables, clip_tokenizer
+from safelight.request import Request
 from safelight.train.finetune import _notes
 from safelight.words import known_alone, unknown_words
 
@@ -87,6 +90,26 @@ def test_the_picture_is_that_without_the_word(
     told = [said for said in drawn.warnings if "never taught" in said]
     assert told == ["embedded was never taught: zeppelin; left out"]
     assert not [said for said in without.warnings if "never taught" in said]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("eine Katze", "embedded was never taught: eine, katze; left out; no other word says what"),
+        ("a the", "no word of the prompt says what to draw, so the picture shows anything"),
+        ("", "no word of the prompt says what to draw, so the picture shows anything"),
+    ],
+)
+def test_a_prompt_without_a_known_word_is_told(model: Model, prompt: str, told: str) -> None:
+    def warnings(**pictures: Any) -> list[str]:
+        asked = Request(prompt=prompt, steps=1, **pictures)
+        return model.family.warnings(model, resolve_request(model, asked))
+
+    [said] = warnings()
+    assert said.startswith(told)
+    assert said.endswith(" (embedded knows English words)")
+    # A picture that is given says what to draw.
+    assert not any("anything" in said for said in warnings(image=Image.new("RGB", (256, 256))))
 
 
 def test_training_tells_all_words_of_its_captions(model: Model) -> None:

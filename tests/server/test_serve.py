@@ -421,8 +421,8 @@ def refused(*arguments: str, folder: Path) -> str:
 def test_what_does_not_start(server: Serving, tmp_path: Path) -> None:
     line = refused("--host", "0.0.0.0", folder=tmp_path)
     assert (
-        line == "error: --host 0.0.0.0 can be reached from other machines: give a token as well, "
-        "by --token-file or SAFELIGHT_TOKEN; an empty one is none"
+        line == "error: --host 0.0.0.0 can be reached from other machines: add --token auto, "
+        "or give a token by --token-file or SAFELIGHT_TOKEN; an empty one is none"
     )
     assert "no model" in refused("--model", "nothing", "--port", "0", folder=tmp_path)
     assert "--queue 0: expected 1 or more" in refused("--queue", "0", folder=tmp_path)

@@ -29,6 +29,7 @@ from safelight.cli import (
     train,
     worker,
 )
+from safelight.cli.commands import AliasedCommand, PromptCommand
 from safelight.cli.output import escape_what_stdout_lacks, fail, help_alone, note, say
 from safelight.errors import SafelightError
 
@@ -52,8 +53,8 @@ app.command()(tools.models)
 app.command()(tools.inspect)
 app.command()(download.download)
 app.command()(convert.convert)
-app.command()(tools.verify)
-app.command()(tokens.tokens)
+app.command(cls=AliasedCommand)(tools.verify)
+app.command(cls=PromptCommand)(tokens.tokens)
 app.command()(serve.serve)
 app.command()(studio.studio)
 app.command()(worker.worker)

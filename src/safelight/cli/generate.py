@@ -1,5 +1,6 @@
 """`safelight generate`: make pictures from a prompt, and perhaps from a picture."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from safelight.cli.output import StepBar, say, warn
 from safelight.errors import SafelightError
 from safelight.families.control import NETWORKS
 from safelight.interrupt import ctrl_c_waits
-from safelight.sizes import drawable_size
+from safelight.sizes import drawable_size, own_size, unlike_native
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +57,8 @@ def generate(
 
     settings = loading.with_words(settings)
     request = options.request_of(settings)
-    fitted = request.fitted()  # before the model is loaded, which takes long
+    name = options.model_for(request, model)
+    fitted = _fitted(request, name, loading.models_dir)  # before the model is loaded: that is slow
     _check_networks(loading, request)
     seeds = range(request.seed, request.seed + request.count)
     need = _pixels(request) * 4 * request.count
@@ -65,9 +67,10 @@ def generate(
         check_writable(path, overwrite=overwrite, need=need)
 
     with StepBar(request.count) as on_step:
-        loaded = loading.load(options.model_for(request, model))
+        loaded = loading.load(name)
+        told = ""
         if loaded.family.areas is None:  # others draw more sizes well; their result tells
-            _warn_of_size(fitted, loaded.name, loaded.native_size)
+            told = _warn_of_size(fitted, loaded.name, loaded.native_size)
         run = loaded.stream(request)
         try:
             for step in run:
@@ -85,7 +88,20 @@ def generate(
             if run.made is not None and run.made.paths:
                 _print(run.made, as_json=as_json)
             raise
-    _report(run.result, as_json=as_json, show=show)
+    _report(run.result, told, as_json=as_json, show=show)
+
+
+def _fitted(request: "Request", model: str, models_dir: str | None) -> "Request":
+    """Return the request with its pictures at the size to draw; errors name the model's own."""
+    try:
+        return request.fitted()
+    except SafelightError:
+        from safelight import weights
+
+        native = None
+        with suppress(SafelightError):
+            native = weights.inspect(model, models_dir=models_dir)["native_size"]
+        return request.fitted(native)
 
 
 def _pixels(request: "Request") -> int:
@@ -106,10 +122,11 @@ def _check_networks(loading: Loading, request: "Request") -> None:
             warn(f"{option} does nothing without {shown}")
 
 
-def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> None:
+def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> str:
     """Warn before the work if the size is far from the model's own.
 
-    request: with its pictures at the size to draw.
+    request: with its pictures at the size to draw. Returns the warning of the result that says the
+    same; empty if nothing was printed.
     """
     if request.sized_by is not None:
         width, height = request.sized_by.size
@@ -118,13 +135,17 @@ def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> No
     width, height = request.width or width, request.height or height
     times = width * height / (native[0] * native[1])
     too_large = times > LITTLE_MORE and drawable_size((width, height), native) != (width, height)
-    if too_large or times < SMALL:
-        cost = f" and takes over {int(times)} times as long" if times >= 2 else ""
-        do = "leave out" if request.sized_by is None else "give other"
-        warn(
-            f"{model} was trained on {native[0]}x{native[1]}: {width}x{height} will hardly show "
-            f"what was asked for{cost}; {do} --width and --height, or enlarge the result"
-        )
+    if not too_large and times >= SMALL:
+        return ""
+    cost = f" and takes over {int(times)} times as long" if times >= 2 else ""
+    do = "leave out --width and --height"
+    if request.sized_by is not None:
+        do = "give --width {} --height {}".format(*own_size((width, height), native))
+    warn(
+        f"{model} was trained on {native[0]}x{native[1]}: {width}x{height} will hardly show "
+        f"what was asked for{cost}; {do}, or enlarge the result"
+    )
+    return unlike_native(model, native, (width, height))
 
 
 def _save(result: "Result | None", paths: "list[Path]", *, overwrite: bool) -> None:
@@ -135,9 +156,11 @@ def _save(result: "Result | None", paths: "list[Path]", *, overwrite: bool) -> N
                 result.save_one(i, paths[i], overwrite=overwrite)
 
 
-def _report(result: "Result", *, as_json: bool, show: bool) -> None:
+def _report(result: "Result", told: str, *, as_json: bool, show: bool) -> None:
+    """Print warnings and paths. told: the warning that has been printed in other words."""
     for warning in result.warnings:
-        warn(warning)
+        if warning != told:
+            warn(warning)
     _print(result, as_json=as_json)
     if show:
         for path in result.paths:

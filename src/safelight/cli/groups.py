@@ -74,7 +74,10 @@ class Serving(Loading):
 
         Raises SafelightError for an invalid value.
         """
+        from safelight.weights.library import open_library
+
         self.with_words({})
+        open_library(self.models_dir)  # before the server looks as if it had started
         return WorkerSettings(
             model=model,
             url=url,

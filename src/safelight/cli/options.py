@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperCommand
 
+from safelight.cli.commands import AliasedCommand, PromptCommand
 from safelight.cli.sections import LOADING, SETTINGS, SectionedCommand
 from safelight.errors import SafelightError
 
@@ -213,7 +214,7 @@ def register(
     app.command(function.__name__, cls=Command)(stand_in)
 
 
-class RequestCommand(TyperCommand):
+class RequestCommand(AliasedCommand, PromptCommand):
     """A command that imports `Request` only when it is run or asked for its options."""
 
     def build(self) -> TyperCommand:
@@ -232,20 +233,6 @@ class RequestCommand(TyperCommand):
     @params.setter
     def params(self, _: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         pass  # the stand-in has none
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse arguments; other programs' names of options are replaced by ours."""
-        from safelight.request import Request
-        from safelight.settings import settings_of
-
-        taken = {parameter.name for parameter in self.params}
-        names = {
-            name: setting
-            for setting in settings_of(Request).values()
-            for name in (setting.option, setting.about.short, *setting.about.aliases)
-            if name and setting.name in taken
-        }
-        return super().parse_args(ctx, _renamed(args, names))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments and options, each below its heading."""
@@ -354,28 +341,3 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
     return inspect.Parameter(
         setting.name, keyword, default=None, annotation=Annotated[kind | None, option]
     )
-
-
-def _renamed(args: Sequence[str], names: dict[str, "Setting"]) -> list[str]:
-    """Replace other programs' names of options by ours, up to `--`, after which none are options.
-
-    names: all names of settings, ours included. Raises SafelightError for two names of one setting.
-    """
-    found: list[str] = []
-    said: dict[str, str] = {}
-    for i, argument in enumerate(args):
-        if argument == "--":
-            return found + list(args[i:])
-        name, equals, value = argument.partition("=")
-        if re.fullmatch(r"-[a-zA-Z][0-9]+", argument):  # as -n2
-            name = argument[:2]
-        if name not in names:
-            found.append(argument)
-            continue
-        setting = names[name]
-        before = said.setdefault(setting.name, name)
-        if before != name and setting.kind is not tuple:
-            raise SafelightError(f"{before} and {name} are one setting: give one of them")
-        aliased = name in setting.about.aliases
-        found.append(f"{setting.option}{equals}{value}" if aliased else argument)
-    return found

@@ -151,8 +151,8 @@ def serve(
     secret, made = token_of(token, token_file)
     if secret is None and trust_proxy:
         raise SafelightError(
-            "--trust-proxy lets other machines in: give a token as well, by --token-file or "
-            "SAFELIGHT_TOKEN; an empty one is none"
+            "--trust-proxy lets other machines in: add --token auto, or give a token by "
+            "--token-file or SAFELIGHT_TOKEN; an empty one is none"
         )
     if secret is None and allow_host:
         note("--allow-host without a token: whoever reaches this server by that name may use it")

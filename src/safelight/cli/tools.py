@@ -82,6 +82,9 @@ def models(
 def inspect(
     file: Annotated[str, Argument(help="A PNG, a checkpoint, a model's folder or name.")],
     models_dir: options.ModelsDir = None,
+    everything: Annotated[
+        bool, Option("--all", help="Of a recipe, the settings at their default, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show a PNG's recipe, or what a checkpoint holds.
@@ -92,6 +95,11 @@ def inspect(
     if as_json:
         say(json.dumps(found, ensure_ascii=False))
         return
+    if not everything and isinstance(settings := found.get("settings"), dict):
+        from safelight.request import Request
+        from safelight.settings import unlike_defaults
+
+        found = {**found, "settings": unlike_defaults(Request, settings)}
     for line in pairs(found):
         say(line)
 
@@ -194,7 +202,13 @@ def verify(
     picture = open_picture(png)
     given = {"image": image, "mask": mask, "control_image": control_image}
     given["ip_adapter_image"] = ip_adapter_image
-    request = safelight.Request.from_dict(recipe["settings"], **open_pictures(given))
+    try:
+        request = safelight.Request.from_dict(recipe["settings"], **open_pictures(given))
+    except SafelightError as error:
+        if error.field not in given or given[error.field] is not None:
+            raise
+        option = f"--{error.field.replace('_', '-')}"
+        raise SafelightError(f"{error}: give it with {option}", field=error.field) from None
     used = {key: recipe.get(key) for key in USED}
     with StepBar(count=1) as on_step:
         try:

@@ -58,7 +58,9 @@ def fine_tune(
     plan = _plan(steps, batch, learning_rate, seed, warmup=50, ema=0.99)
     from safelight.train.finetune import finetune
 
-    say(finetune(folder, out, plan, model=model, size=size, min_snr=min_snr, native=native))
+    made = finetune(folder, out, plan, model=model, size=size, min_snr=min_snr, native=native)
+    say(made)
+    note(f"draw with: safelight generate PROMPT --model {made}")
 
 
 @app.command()
@@ -83,7 +85,9 @@ def text_to_image(
     plan = _plan(steps, batch, learning_rate, seed, warmup=100, cooldown=cooldown)
     from safelight.train.scratch import text_to_image as train
 
-    say(train(folder, out, plan, size=size, autoencoder_steps=autoencoder_steps, native=native))
+    made = train(folder, out, plan, size=size, autoencoder_steps=autoencoder_steps, native=native)
+    say(made)
+    note(f"draw with: safelight generate PROMPT --model {made}")
 
 
 @app.command()

@@ -25,7 +25,7 @@ from safelight.request import Request
 from safelight.result import Result
 from safelight.sampling import SAMPLERS
 from safelight.settings import settings_of
-from safelight.sizes import SIDE_STEP, drawable_size, is_small
+from safelight.sizes import SIDE_STEP, drawable_size, is_small, unlike_native
 
 if TYPE_CHECKING:
     from safelight.adapters.select import Selection
@@ -53,7 +53,7 @@ def resolve_request(model: Model, request: Request) -> Request:
     }
     if request.steps is None:
         filled["steps"] = SAMPLERS[request.sampler].steps
-    request = request.fitted()
+    request = request.fitted(model.native_size)
     if not family.fixed_size:
         given = request.sized_by
         width, height = model.native_size if given is None else given.size
@@ -182,12 +182,8 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     width, height = resolved.width, resolved.height
     if asked.width is None and asked.height is None and resolved.was_resized:
         found.append(f"image was resized to {width}x{height}: sides are multiples of {SIDE_STEP}")
-    if not _draws_size(model, width, height):
-        trained = "{}x{}".format(*model.native_size)
-        found.append(
-            f"{model.name} was trained on {trained}; "
-            f"at {width}x{height} it may repeat itself or fall apart"
-        )
+    if width and height and not _draws_size(model, width, height):
+        found.append(unlike_native(model.name, model.native_size, (width, height)))
     if resolved.hires_scale > 1 and width is not None and height is not None:
         whole = final_size(resolved, model.native_size)
         # Others draw a second pass well at any size: the first has settled what is where.
@@ -205,9 +201,9 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
     return found
 
 
-def _draws_size(model: Model, width: int | None, height: int | None) -> bool:
+def _draws_size(model: Model, width: int, height: int) -> bool:
     """Return whether a model draws a size as well as its own."""
-    if width is None or height is None or (width, height) == model.native_size:
+    if (width, height) == model.native_size:
         return True
     if model.family.areas is None:
         return False

@@ -7,7 +7,7 @@ prompt as it was typed, including the signs of its syntax.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,7 @@ from safelight.prompt.dialects import read
 from safelight.prompt.learned import MARK, unused
 from safelight.prompt.networks import is_lora
 from safelight.prompt.reading import Part, Reading, Stage
-from safelight.words import unknown_words
+from safelight.words import known_alone, unknown_words, words_in
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 MAX_HELD = 1 << 17
 """The most text states of a prompt, over all of its stages and evaluations: 0.4 GB with Stable
 Diffusion 1 in float32."""
+
+
+_ARTICLES = frozenset({"a", "an", "the"})
+"""Words that say nothing of what to draw."""
 
 
 class Read(NamedTuple):
@@ -75,8 +79,9 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
                     found.append(f"{told}: LoRAs count in the prompt alone")
             pieces = [p for part in reading.parts for s in part.stages for p in s.pieces]
             text = " ".join(dict.fromkeys(piece.text for piece in pieces))
-        if tokenizer.known is not None and (new := unknown_words(text, tokenizer.known)):
-            found.append(f"{model.name} was never taught: {', '.join(new)}; left out")
+        if tokenizer.known is not None:
+            alone = name == "prompt" and not request.pictures
+            found += _of_words(model.name, text, tokenizer.known, alone=alone)
     paths = map(PurePath, request.embeddings)
     asked = {name for path in paths for name in (path.name, path.stem)}
     for one in unused(tokenizer, readings.values(), request.prompt_syntax):
@@ -85,6 +90,20 @@ def warnings(family: LatentFamily, model: Model, request: Request) -> list[str]:
         how = f"{MARK}{one.name}" if request.prompt_syntax == "comfy" else one.name
         found.append(f"embedding {one.name} is in no prompt: write {how} where it is meant")
     return found
+
+
+def _of_words(model: str, text: str, known: Set[str], *, alone: bool) -> list[str]:
+    """Return the warning about a text for a model that knows some words only, or no warning.
+
+    alone: whether nothing else says what to draw.
+    """
+    new = unknown_words(text, known)
+    told = f"{model} was never taught: {', '.join(new)}; left out" if new else ""
+    if alone and _ARTICLES.issuperset(words_in(known_alone(text, known))):
+        why = f"{told}; no other word" if new else "no word of the prompt"
+        hint = f" ({model} knows English words)" if "the" in known else ""
+        told = f"{why} says what to draw, so the picture shows anything{hint}"
+    return [told] if told else []
 
 
 def encode(family: LatentFamily, model: Model, request: Request) -> Conditioning:

@@ -54,8 +54,8 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
     """Return a listening socket. Raises SafelightError if that fails, or if a token is needed."""
     if token is None and not _loopback(host):
         raise SafelightError(
-            f"--host {host} can be reached from other machines: give a token as well, by "
-            "--token-file or SAFELIGHT_TOKEN; an empty one is none"
+            f"--host {host} can be reached from other machines: add --token auto, or give a token "
+            "by --token-file or SAFELIGHT_TOKEN; an empty one is none"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With protocol 0, asyncio leaves Nagle's algorithm on, which adds 40 ms to an answer.

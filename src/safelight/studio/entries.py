@@ -10,7 +10,7 @@ from safelight.request import Request
 from safelight.request_fields import PICTURES
 from safelight.sampling import SAMPLERS
 from safelight.settings import Setting, settings_of
-from safelight.sizes import allowed_size
+from safelight.sizes import own_size
 from safelight.studio.easel import painted
 from safelight.studio.suits import EXAMPLE, SIZE, Suits
 
@@ -107,8 +107,7 @@ def request(
         settings |= _entered(settings_of(Request)["strength"], strength)
     if sized is not None and not (width or height):
         native = suits.size or SIZE
-        scale = ((native[0] * native[1]) / (sized.width * sized.height)) ** 0.5
-        near = allowed_size((round(sized.width * scale), round(sized.height * scale)))
+        near = own_size(sized.size, native)
         settings |= {"width": near[0], "height": near[1]}
     others = {"control_image": guide, "ip_adapter_image": prompting}
     return Request(**settings).with_pictures(image, mask, **others)

@@ -236,7 +236,9 @@ def pick_device(name: str | torch.device) -> torch.device:
     if str(name) == "auto":
         return torch.device(there[0])
     if str(name) not in there:
-        raise SafelightError(f"device {str(name)!r:.40} is not there; there are {', '.join(there)}")
+        known = "only cpu" if there == ["cpu"] else ", ".join(there)
+        hint = "" if str(name).split(":")[0] in ("cuda", "mps") else "; a GPU is called cuda or mps"
+        raise SafelightError(f"device {str(name)!r:.40} is not there; there is {known}{hint}")
     return torch.device(name)
 
 

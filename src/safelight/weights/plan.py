@@ -182,7 +182,10 @@ def read_plan(
         hub = hub_name(name)
         if len(parts.names) == 1 and (Path(name).is_dir() or (hub and hub.file is None)):
             what = "the folder of parts"
-        plan.warnings.append(f"{what} is not used: {why}")
+        told = f"{what} is not used: {why}"
+        if not plan.lenders and not plan.lacking:  # it may not even be there
+            told = f"{printable(name, 60)!r} of the parts was not looked for: {why}"
+        plan.warnings.append(told)
     return plan
 
 
