@@ -642,6 +642,8 @@ class TestRequests:
         monkeypatch.chdir(tmp_path / "work")
         model = load(folder, models_dir=tmp_path)
         assert model.adapters.choose([AskedLora("ink")]).asked[0].name == "ink"
+        with pytest.raises(SafelightError, match="lora ink: the weight must be a number, not 'x'"):
+            model.adapters.choose([AskedLora.parse("ink:0.8:x")])
         with pytest.raises(SafelightError, match="a folder without adapter_model"):
             model.adapters.choose([AskedLora("film")])
 

@@ -369,6 +369,7 @@ class TestPage:
         for text in (*parts, *texts.SETTINGS.values(), *texts.VIEWS.values()):
             assert text.title in shown
             assert text.body in shown
+        assert texts.FORWARD["unet"] in shown
         assert texts.PARTS["transformer"].title not in shown
         known = {*Request.model_fields, "size"}
         assert set(texts.SETTINGS) <= known

@@ -1,5 +1,6 @@
 """Pictures of Stable Diffusion 3 against diffusers."""
 
+import html
 from pathlib import Path
 
 import diffusers
@@ -110,6 +111,8 @@ def test_the_story_of_a_picture(models: dict[str, Path]) -> None:
     assert [one.timestep for one in story.forward][-1] == 1000
     assert story.forward[-1].sigma == 1
     shown = page(story)
+    assert '"noise":"100 %"' in shown  # of the first step
+    assert html.escape(texts.FORWARD["transformer"]) in shown
     assert texts.PARTS["transformer"].title in shown
     assert texts.PARTS["unet"].title not in shown
 

@@ -357,16 +357,22 @@ def test_what_cannot_be_is_told_in_a_sentence(page: Page) -> None:
     expect(page.get_by_label("Width", exact=True)).to_be_visible()
     page.get_by_label("Seed", exact=True).fill("many")
     page.get_by_role("button", name="Draw").click()
-    expect(page.locator("#make-problem")).to_contain_text("seed must be a whole number")
-    page.get_by_label("Seed", exact=True).fill("5")
+    problem = page.locator("#make-problem .problem")
+    expect(problem).to_contain_text("seed must be a whole number")
+    page.get_by_role("button", name="New seed").click()
+    expect(problem).to_have_text("")
     for value in ("65", "66"):  # by a click elsewhere, and from within the field
         page.get_by_label("Width", exact=True).fill(value)
         if value == "65":
             page.get_by_role("button", name="Draw").click()
         else:
+            page.evaluate("scrollTo(0, document.body.scrollHeight)")
+            expect(problem).not_to_be_in_viewport()
+            expect(page.locator(".now")).to_be_in_viewport()
             page.keyboard.press("Control+Enter")
         told = re.compile(f"width must be a multiple of 8.*{value}$")
-        expect(page.locator("#make-problem .problem")).to_have_text(told)
+        expect(problem).to_have_text(told)
+        expect(problem).to_be_in_viewport()
     page.get_by_label("Width", exact=True).fill("0")
     page.get_by_role("button", name="Size and schedule").click()
 
@@ -394,11 +400,15 @@ def test_the_seed_shown_is_that_of_the_picture(server: Serving, page: Page) -> N
 def test_words_are_chosen_and_counted(server: Serving, fresh: Page) -> None:
     page = fresh
     expect(page.get_by_label("Model", exact=True)).to_have_value("embedded")
+    count = page.locator("#count")
+    page.get_by_label("Prompt", exact=True).fill("a " * 47)
+    expect(count).to_contain_text(re.compile("46 of 46 tokens *left out: 'a'"))
     page.get_by_label("Prompt", exact=True).fill("a (red:1.2) apple, [")
     page.get_by_role("button", name="Prompt, LoRAs and embeddings").click()
+    hint = "draw {a|b} and name between double underscores in both prompts"
+    expect(page.locator("#dynamic_prompts")).to_contain_text(hint)
     page.get_by_label("Prompt syntax").click()
     page.get_by_role("option", name="a1111").click()
-    count = page.locator("#count")
     expect(count).to_contain_text("Prompt: 4 of 46 tokens")
     expect(count).to_contain_text("1 '[' without a partner")
     page.get_by_label("Prompt", exact=True).fill("a red apple")
@@ -428,8 +438,13 @@ def test_words_are_chosen_and_counted(server: Serving, fresh: Page) -> None:
     assert [one["name"] for one in picture["recipe"]["embeddings"]] == ["mossy"]
     assert [one["name"] for one in picture["recipe"]["loras"]] == ["ink"]
     page.get_by_role("button", name="Remove ink").click()
-    expect(page.get_by_label("Loras")).to_have_value("")
-    page.get_by_label("Loras").fill("inc")
+    expect(page.get_by_label("LoRAs")).to_have_value("")
+    page.get_by_label("LoRAs").fill("ink:x")
+    page.get_by_role("button", name="Draw").click()
+    expect(page.locator("#make-problem .problem")).to_have_text(
+        "lora ink: the weight must be a number, not 'x'"
+    )
+    page.get_by_label("LoRAs").fill("inc")
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#make-problem .problem")).to_contain_text("no lora 'inc'")
 
@@ -443,8 +458,9 @@ def test_the_form_shows_what_suits_the_model(server: Serving, fresh: Page) -> No
     expect(model.locator("option")).to_have_text(
         ["embedded", "embedded-fast", "embedded-unconditional"]
     )
+    expect(model).to_have_css("appearance", "auto")  # with the arrow of a list
     page.get_by_role("button", name="Size and schedule").click()
-    expect(page.get_by_label("Cache every")).to_be_visible()
+    expect(page.get_by_label("Cache every").first).to_be_visible()
     expect(page.get_by_label("Original width")).to_have_count(0)  # which SDXL reads
     guide = page.get_by_role("button", name="Guide by")
     expect(guide).to_have_count(1)
@@ -755,7 +771,7 @@ def test_a_picture_is_a_prompt(server: Serving, fresh: Page, tmp_path: Path) -> 
     assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
     page.locator("#image-prompt input[type=file]").first.set_input_files(tmp_path / "teal.png")
     on_easel(page, (0, 128, 128), "image-prompt")
-    page.get_by_label("number input for Ip adapter scale").fill("0.5")
+    page.get_by_label("number input for IP-Adapter scale").fill("0.5")
     draw(page, "a boat", Steps=2)
     drawn = newest(server)
     assert drawn["settings"]["ip_adapter_scale"] == 0.5
@@ -766,8 +782,8 @@ def test_a_picture_is_a_prompt(server: Serving, fresh: Page, tmp_path: Path) -> 
     page.locator("#image-prompt").get_by_label("Clear canvas").click()
     choose(page, "Prompt with this one")
     expect(page.locator("#image-prompt .empty")).to_have_count(0)
-    page.get_by_label("number input for Ip adapter end").fill("0.2")
-    page.get_by_label("number input for Ip adapter start").fill("0.6")
+    page.get_by_label("number input for IP-Adapter end").fill("0.2")
+    page.get_by_label("number input for IP-Adapter start").fill("0.6")
     page.get_by_role("button", name="Draw").click()
     expect(page.locator("#make-problem")).to_contain_text("ip_adapter_end must be at least")
 
@@ -783,17 +799,24 @@ def test_a_control_image_that_is_none_is_told(server: Serving) -> None:
 
 def test_found_by_words_and_all_settings_brought_back(server: Serving, fresh: Page) -> None:
     page = fresh
-    server.finished(
-        server.submit(
-            prompt="a purple guitar", negative_prompt="blue", steps=7, seed=11, sampler="ddim"
-        )
-    )
+    idle = {
+        "hires_strength": 0.4,
+        "mask_blur": 4.0,
+        "lora_unmatched": "warn",
+        "emphasis": "no-norm",
+    }
+    how = {"negative_prompt": "blue", "steps": 7, "seed": 11, "sampler": "ddim"}
+    server.finished(server.submit(prompt="a purple guitar", **how, **idle))
     server.finished(server.submit(prompt="a pizza", steps=3))
     tab(page, "Find")
     page.get_by_label("Search").fill("purple")
     expect(page.locator(".find .status")).to_have_text("1 picture")
     shot(page, "find")
     choose(page, "All its settings", ".find")
+    names = ["model", "negative prompt", "steps", "guidance scale", "seed", "sampler"]
+    names += ["guidance start", "size"]
+    expect(page.locator("#picture dt")).to_have_text(names)
+    expect(page.locator("#picture dd").first).to_have_text("embedded")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a purple guitar")
     expect(page.get_by_label("Negative prompt")).to_have_value("blue")
     expect(page.get_by_label("number input for Steps")).to_have_value("7")
@@ -1526,8 +1549,13 @@ def test_a_new_setting_is_on_the_page() -> None:
             return form.Form(Suits(), Longer)
 
     found = {getattr(one, "label", None): one for one in in_a_thread(made()).fields}
-    assert isinstance(found["Clip skip"], gradio.Slider)
-    assert found["Clip skip"].maximum == 12
+    assert isinstance(found["CLIP skip"], gradio.Slider)
+    assert found["CLIP skip"].maximum == 12
+    hints = {name: found[name].info for name in ("IP-Adapter scale", "Hires steps")}
+    assert hints == {
+        "IP-Adapter scale": "how much the picture counts; 0 is not at all",
+        "Hires steps": "steps of the second pass, before “Hires strength” leaves some out",
+    }
     assert isinstance(found["Upscaler"], gradio.Textbox)
 
 

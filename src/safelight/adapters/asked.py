@@ -11,6 +11,7 @@ from safelight.prompt.networks import split_networks
 
 if TYPE_CHECKING:
     from safelight.request import Request
+    from safelight.weights.library import Entry, Library
 
 MAX_LORAS = 64
 """LoRAs of one request. A prompt has room for 1,800, each of which is looked up and applied."""
@@ -102,6 +103,22 @@ def asked_of(request: Request) -> tuple[list[AskedLora], list[str]]:
             field="loras",
         )
     return asked + [AskedLora.of_tag(tag) for tag in tags], []
+
+
+def found_in(library: Library, asked: AskedLora) -> Entry:
+    """Return the LoRA in a models folder.
+
+    Raises SafelightError if it is not there. It names the weight if that alone is wrong.
+    """
+    try:
+        return library.find(asked.name, "lora")
+    except SafelightError:
+        name, colon, weight = asked.name.rpartition(":")
+        if colon and name and library.matches(name := AskedLora.parse(name).name, "lora"):
+            raise SafelightError(
+                f"lora {name:.60}: the weight must be a number, not {weight!r:.60}", field="loras"
+            ) from None
+        raise
 
 
 def _name(name: str, text: str) -> str:

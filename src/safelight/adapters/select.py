@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from safelight.adapters.asked import AskedLora, Unmatched
+from safelight.adapters.asked import AskedLora, Unmatched, found_in
 from safelight.adapters.file import (
     AdapterFile,
     Match,
@@ -230,7 +230,7 @@ class Adapters:
                 code="no_model",
                 field="loras",
             )
-        return model.library.find(name, "lora").path, name
+        return found_in(model.library, asked).path, name
 
     def _hides(self, path: Path, name: str) -> bool:
         """Return whether a path is a folder without a LoRA, and the models folder has the name."""

@@ -25,10 +25,7 @@ def telling_layers(unet: UNet2DConditionModel) -> list[Attention]:
     """Return the cross-attention layers whose maps show best where things are.
 
     They are the last of the up block whose maps have half the side of the latents, or of the block
-    nearest to that. In `embedded` it is one layer. 82 % of its weight for a thing is on the half of
-    the picture where the thing was asked for, and in each of 40 maps more than half. The other six
-    layers are at 48 to 55 %, which is chance, and the mean of all seven is at 53 %. The share falls
-    from 84 to 79 % over the steps, so that all steps can be shown (benchmarks/attention.py).
+    nearest to that. In `embedded` it is one layer; docs/inside.md compares it with the others.
     """
     blocks: Any = list(unet.up_blocks)
     levels = {len(blocks) - 1 - i: block for i, block in enumerate(blocks) if block.attentions}

@@ -16,10 +16,18 @@ from torch import Tensor
 
 from safelight import __version__
 from safelight.explain.forward import SHARES
-from safelight.explain.texts import ATTENTION, PARTS, SETTINGS, TEXT_ENCODER, VIEWS, Text
+from safelight.explain.texts import (
+    ATTENTION,
+    FORWARD,
+    PARTS,
+    SETTINGS,
+    TEXT_ENCODER,
+    VIEWS,
+    Text,
+)
 from safelight.explain.watch import Moment, Story
 from safelight.picture import from_tensor
-from safelight.sampling import SAMPLERS, Level
+from safelight.sampling import SAMPLERS
 
 LARGEST = 256
 """Side in pixels of a step's picture; the finished picture is twice as large."""
@@ -68,6 +76,7 @@ def page(story: Story) -> str:
         forward="".join(
             _figure(_uri(one.picture), f"σ {_number(one.sigma)}") for one in story.forward
         ),
+        forward_note=escape(FORWARD[story.network]),
         chart_width=WIDTH,
         chart_height=HEIGHT,
         curve=_curve(story),
@@ -149,18 +158,13 @@ def _moment(story: Story, moment: Moment) -> dict[str, Any]:
         "step": str(moment.step),
         "sigma": _number(moment.sigma),
         "timestep": _number(moment.timestep),
-        "noise": _percent(_noise(moment.sigma)),
+        "noise": _percent(story.levels[moment.step - 1].noise_share),
         "x": x,
         "y": y,
         "masks": [_mask(one, moment.shown) for one in maps],
         "shares": [_percent(share) for share in shares],
         "rest": _percent(1 - sum(shares)),
     }
-
-
-def _noise(sigma: float) -> float:
-    """Return the share of noise in the variance of the state, 1 − ᾱ."""
-    return Level.exploding(sigma).noise_share
 
 
 def _number(value: float) -> str:
@@ -180,12 +184,12 @@ def _percent(share: float) -> str:
 
 def _point(story: Story, i: int) -> tuple[float, float]:
     """Return the place on the chart of the level before step i + 1."""
-    x = WIDTH * i / (len(story.sigmas) - 1)
-    return round(x, 1), round(HEIGHT * (1 - _noise(story.sigmas[i])), 1)
+    x = WIDTH * i / (len(story.levels) - 1)
+    return round(x, 1), round(HEIGHT * (1 - story.levels[i].noise_share), 1)
 
 
 def _curve(story: Story) -> str:
-    points = [_point(story, i) for i in range(len(story.sigmas))]
+    points = [_point(story, i) for i in range(len(story.levels))]
     line = " ".join(f"{x},{y}" for x, y in points)
     stops = ""
     if len(points) <= 60:

@@ -45,7 +45,7 @@ PARTS: dict[str, Text] = {
         "The sampler",
         "The network only estimates; the sampler computes the next state. From the noisy state "
         "and the latest estimates it computes the state at the next, lower noise level. A sampler "
-        "is pure arithmetic without training, so any sampler works with any model.",
+        "is pure arithmetic without training, so the same sampler works with many models.",
     ),
 }
 """The idea of diffusion, and the parts of a model."""
@@ -111,6 +111,13 @@ VIEWS: dict[str, Text] = {
     ),
 }
 """The pictures of each step."""
+
+_NOISED = (
+    "The finished picture with more and more noise: the network's input at these levels. σ is the "
+    "strength of the noise; the picture has strength "
+)
+FORWARD = {"unet": f"{_NOISED}1.", "transformer": f"{_NOISED}1 − σ."}
+"""What the pictures of the forward process show, by the name of the network."""
 
 TEXT_ENCODER = {
     "unet": Text(

@@ -32,7 +32,7 @@ from safelight.prompt.places import words_of_chunks
 from safelight.prompt.reading import Word
 from safelight.request import Request
 from safelight.result import Result
-from safelight.sampling import Row
+from safelight.sampling import Level, Row
 
 MAX_MOMENTS = 50
 """The most steps that are recorded. If there are more, this many are recorded, evenly spaced, with
@@ -76,7 +76,7 @@ class Story:
     """The steps of one picture.
 
     network: the name of the part that denoises. result: the picture, as `Model.generate` returns
-    it. sigmas: the noise level before each step and after the last. shape: of the finished
+    it. levels: the noise level before each step and after the last. shape: of the finished
     picture's latents, channels, height, width. words: of the prompt, if attention to them is
     recorded. colours: float32 [channels + 1, 3], see `fit_colours`; None without autoencoder.
     forward: the picture at growing noise levels.
@@ -84,12 +84,17 @@ class Story:
 
     network: str
     result: Result
-    sigmas: list[float]
+    levels: list[Level]
     shape: tuple[int, int, int]
     words: list[Word]
     moments: list[Moment]
     colours: Tensor | None
     forward: list[Noised]
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The sigmas of the levels."""
+        return [level.sigma for level in self.levels]
 
     @property
     def picture(self) -> Image.Image:
@@ -161,7 +166,7 @@ def watch(model: Model, request: Request, on_step: Callable[[Step], object] | No
         return Story(
             network=model.family.network,
             result=result,
-            sigmas=[*(row.level.sigma for row in rows), rows[-1].lands.sigma],
+            levels=[*(row.level for row in rows), rows[-1].lands],
             shape=(channels, height, width),
             words=words,
             moments=moments,

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-from safelight.adapters.asked import asked_of
+from safelight.adapters.asked import asked_of, found_in
 from safelight.adapters.embedding import EmbeddingFile, look_at
 from safelight.adapters.embeddings import EmbeddingFinder
 from safelight.adapters.keys import (
@@ -127,7 +127,7 @@ class Names:
                     code="no_model",
                     field="loras",
                 )
-            loras.append(self.library.find(lora.name, "lora"))
+            loras.append(found_in(self.library, lora))
         try:
             reader = self._reader(model)
         except (SafelightError, OSError):

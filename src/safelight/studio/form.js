@@ -80,6 +80,16 @@
   };
   typed();
 
+  // The button may be far above what is in sight when a key presses it, and the answer is there.
+  const tell = () => {
+    const problem = document.getElementById("make-problem");
+    if (!problem) { setTimeout(tell, 50); return; }
+    new MutationObserver(() => {
+      if (problem.textContent.trim()) problem.scrollIntoView({block: "nearest"});
+    }).observe(problem, {childList: true, characterData: true, subtree: true});
+  };
+  tell();
+
   // Ctrl+Enter presses the main button of the open tab.
   addEventListener("keydown", event => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.hires import HIRES
 from safelight.region import INPAINTING
 from safelight.request import MAX_PROMPT, Request
-from safelight.request_fields import draw_seed
+from safelight.request_fields import PICTURES, draw_seed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.settings import Setting, settings_of
@@ -36,11 +37,33 @@ def sampler_choices(suits: Suits) -> list[tuple[str, str]]:
     ]
 
 
+def label_of(setting: Setting) -> str:
+    """Return the label of a setting's field."""
+    label = setting.label.replace("ip adapter", "IP-Adapter").replace("clip skip", "CLIP skip")
+    label = label.replace("lora", "LoRA")
+    return label[0].upper() + label[1:]
+
+
+def info_of(setting: Setting) -> str:
+    """Return the hint below a setting's field: its description with the labels of other fields."""
+    known = settings_of(Request)
+
+    def named(found: re.Match[str]) -> str:
+        name = found[1] or found[0]
+        if name in PICTURES:
+            return "the picture"
+        return f"“{label_of(known[name])}”" if name in known else found[0]
+
+    info = re.sub(r"`(\w+)`|\b[a-z]+_\w+", named, setting.description)
+    # Gradio sets what double underscores enclose in bold letters, in code as well.
+    return re.sub(r"`__(\w+)__`", r"`\1` between double underscores", info)
+
+
 def field_of(setting: Setting, value: Any, suits: Suits) -> Any:
     """Return the field of a setting: a list, a checkbox, a slider or a box, by its description."""
     about: dict[str, Any] = {
-        "label": setting.label.capitalize().replace("Lora", "LoRA"),
-        "info": setting.description,
+        "label": label_of(setting),
+        "info": info_of(setting),
         "elem_id": setting.name,
         "visible": suits.has(setting),
     }
@@ -50,7 +73,7 @@ def field_of(setting: Setting, value: Any, suits: Suits) -> Any:
     if setting.kind is bool:
         return gr.Checkbox(value, **about)
     if setting.kind is tuple:
-        about["info"] = f"{setting.description}; one a line"
+        about["info"] += "; one a line"
     if setting.kind in (str, tuple):
         return gr.Textbox(setting.text(value), max_length=MAX_PROMPT, **about)
     if setting.optional:  # an empty gr.Number is 0 as soon as it is shown
@@ -60,6 +83,11 @@ def field_of(setting: Setting, value: Any, suits: Suits) -> Any:
         low, high, step = setting.about.slider
         return gr.Slider(low, high, value, step=step, **about)
     return gr.Number(value, **about)
+
+
+def _new_seed(told: Any) -> tuple[str, Any]:
+    """Return a seed, and the problem without what it said of the old one."""
+    return str(draw_seed()), "" if str(told).startswith("seed must") else gr.skip()
 
 
 class Form:
@@ -163,7 +191,8 @@ class Form:
         """The parts that differ between models; see `looks`."""
         self.enlarged, self.control_enlarged, self.prompt_enlarged = (gr.State(1) for _ in range(3))
         plain(*(one for one in self.fields if not isinstance(one, gr.State)))
-        self.die.click(lambda: str(draw_seed()), outputs=self.seed, show_progress="hidden")
+        outputs = [self.seed, self.problem]
+        self.die.click(_new_seed, self.problem, outputs, show_progress="hidden")
 
     def looks(self, suits: Suits, fast: int = 0) -> list[dict[str, Any]]:
         """Return how each part of `adapted` looks for a model, as keywords of gr.update.

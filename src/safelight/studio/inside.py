@@ -132,7 +132,8 @@ class Inside:
         folder.mkdir(parents=True, exist_ok=True)
         name = new_id()
         yield (
-            "Drawing the picture again and recording every step. This takes some seconds.",
+            "Drawing the picture again and recording every step. The model is loaded once more for "
+            "this, so a large one takes minutes.",
             "",
             gr.skip(),
         )

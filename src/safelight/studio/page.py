@@ -219,7 +219,7 @@ def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[Form,
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             form = Form(suits)
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=320, elem_classes="beside"):
             drawn = now()
 
     seed_at = form.fields.index(form.seed)

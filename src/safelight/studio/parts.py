@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from safelight.request import Request
 from safelight.server.callers import Caller, caller_of
+from safelight.settings import settings_of
 from safelight.studio.paths import KEPT_AT
 
 _HERE = Path(__file__).parent
 _SCRIPTS = [(_HERE / name).read_text("utf-8") for name in ("studio.js", "form.js", "words.js")]
+_USUAL = {
+    name: setting.default
+    for name, setting in settings_of(Request).items()
+    if isinstance(setting.default, bool | int | float | str) and not setting.about.default
+}
+"""The values of settings that are the same for every model: a picture's dialog leaves them out."""
+_SCRIPTS.append(f"safelight.usual = {json.dumps(_USUAL)};")
 HEAD = "".join(f"<script>{script}</script>" for script in _SCRIPTS)
 STYLE = (_HERE / "studio.css").read_text("utf-8")
 

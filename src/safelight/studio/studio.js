@@ -40,6 +40,17 @@ const safelight = (() => {
   const show = name => [...document.querySelectorAll("button[role=tab]")]
     .find(one => one.textContent.trim() === name)?.click();
 
+  // When settings do nothing, by the beginning of their names. loras: of the recipe, which has those
+  // in the prompt, too.
+  const IDLE = [
+    ["control_", settings => !settings.control_image_sha256],
+    ["ip_adapter_", settings => !settings.ip_adapter_image_sha256],
+    ["mask_", settings => !settings.mask_sha256],
+    ["hires_", settings => settings.hires_scale === 1],
+    ["emphasis", settings => settings.prompt_syntax === "plain"],
+    ["lora_unmatched", (settings, loras) => !loras?.length],
+  ];
+
   const open = (job, picture, events, changed) => {
     const box = dialog();
     const act = (label, name) => make("button", {
@@ -51,15 +62,17 @@ const safelight = (() => {
       },
     });
     const size = `${picture.width}×${picture.height}`;
-    const settings = {...picture.recipe.settings, seed: picture.seed, size};  // a job's has wildcards
+    // A job's own settings have wildcards.
+    const settings = {model: job.model ?? picture.recipe.model.name, ...picture.recipe.settings,
+                      seed: picture.seed, size};
     const recipe = make("dl");
     for (const [name, value] of Object.entries(settings)) {
       if ([null, "", false].includes(value) || value.length === 0) continue;
       if (["width", "height", "count"].includes(name)) continue;
       if (name === "prompt" && value === words(job)) continue;  // it is the title
-      if (name === "eta" && !value) continue;
-      if (name.startsWith("control_") && !settings.control_image_sha256) continue;
-      if (name.startsWith("ip_adapter_") && !settings.ip_adapter_image_sha256) continue;
+      if (value === safelight.usual[name]) continue;
+      const idle = IDLE.find(([start]) => name.startsWith(start))?.[1];
+      if (idle?.(settings, picture.recipe.loras)) continue;
       recipe.append(make("dt", {textContent: name.replaceAll("_", " ")}),
                     make("dd", {textContent: String(value)}));
     }
@@ -141,8 +154,8 @@ const safelight = (() => {
 
   // --- the live view -----------------------------------------------------------------------------
 
-  // On a phone the live view is below the form: a button leads there, and back.
-  const narrow = matchMedia("(max-width: 700px)");
+  // On a phone the live view is below the form (studio.css): a button leads there, and back.
+  const narrow = matchMedia("(max-width: 720px)");
   const leader = view => {
     const button = make("button", {type: "button", className: "leader", hidden: true});
     view.querySelector(".now").append(button);

@@ -48,7 +48,9 @@
         });
         told = [counted("Prompt", read.prompt)];
         if (asked.negative_prompt) told.push(counted("negative", read.negative_prompt));
-        problem = [...read.prompt.warnings, ...read.negative_prompt.warnings].join("; ");
+        problem = [...read.prompt.warnings, ...read.negative_prompt.warnings]
+          .map(one => one.replace(/^cut at \d+ tokens; /, ""))  // with the marks around a prompt
+          .join("; ");
       } catch (error) { [told, problem] = [[], error.message]; }
       if (now !== last) return;  // more was typed meanwhile
       line.replaceChildren(told.join(" · "));
