@@ -17,7 +17,7 @@ from safelight.batch.rows import Columns
 from safelight.errors import SafelightError
 from safelight.picture import open_pictures, reason
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import PICTURES
 from safelight.settings import Setting, settings_of, shown, unknown_setting
 from safelight.weights.digest import digest_file
 

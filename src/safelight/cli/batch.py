@@ -123,7 +123,7 @@ def batch(
     """
     from safelight.batch.check import Rules
     from safelight.batch.run import How, Job
-    from safelight.request_fields import PICTURES
+    from safelight.request_pictures import PICTURES
 
     if shard_rows is not None and shards is None:
         raise SafelightError("--shard-rows needs --shards webdataset or parquet")

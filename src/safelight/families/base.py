@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families.conditioning import Cached, Conditioning
 from safelight.families.control import CONTROL, IP_ADAPTER
+from safelight.request_pictures import REFERENCES
 from safelight.sampling import Level, SchedulerConfig, Table, clean_estimate, table
 from safelight.weights.names import Section
 
@@ -139,6 +140,11 @@ class Family:
 
     __hash__ = object.__hash__
 
+    @property
+    def references(self) -> int:
+        """The most reference pictures that the network reads."""
+        return 0
+
     def reads(
         self, refiner: Family | None = None, control: bool = False, ip_adapter: bool = False
     ) -> frozenset[str]:
@@ -151,6 +157,8 @@ class Family:
         found |= {*(IP_ADAPTER if ip_adapter else ())}
         if refiner is not None:
             found |= {*refiner.conditioned_on, "refiner_start"}
+        if self.references:
+            found.add(REFERENCES)
         if self.shortcuts:
             found |= {"fast", *self.shortcuts}
         return frozenset(found)
@@ -353,6 +361,20 @@ class Family:
         pixels: [1, 3, H, W] from −1 to 1. noise: of the latents' shape, to sample them with.
         """
         return pixels
+
+    def reference_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the width and height at which a reference picture of a size is read."""
+        return self.reference_sizes(size)[1]
+
+    def reference_sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the size that a reference picture is brought to, and that of the middle of it
+        that is read, both for a family with `references`.
+        """
+        raise NotImplementedError
+
+    def reference_problem(self, size: tuple[int, int]) -> str:
+        """Return why a reference picture of a size cannot be read, and what can; "" if it can."""
+        return ""
 
     def decode_latents(self, model: Model, latents: Tensor) -> Tensor:
         """Return the pixels of clean latents, float32 [1, 3, H, W] from −1 to 1."""

@@ -23,7 +23,7 @@ from typing import BinaryIO
 from safelight import __version__
 from safelight.errors import SafelightError, StorageError
 from safelight.picture import save_whole
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import PICTURES
 from safelight.server import schema, snapshot
 from safelight.server.files import MARK, RESTORING, input_name, picture_name
 from safelight.server.private import DATABASE

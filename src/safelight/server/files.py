@@ -18,7 +18,7 @@ from PIL import Image
 from safelight.errors import SafelightError, StorageError
 from safelight.picture import HALF, open_picture, reason, write_plain_png, write_png
 from safelight.progress import Reader
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import PICTURES
 from safelight.server import private, quarantine
 from safelight.storage import Stored, storage_at
 

@@ -15,7 +15,7 @@ from safelight.engine.capacity import out_of_memory
 from safelight.engine.preview import decodes_previews
 from safelight.errors import SafelightError, StorageError
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import PICTURES
 from safelight.server.claims import Claim, LostError
 from safelight.server.held import FEWEST, JOBS, Held, bound, full
 from safelight.server.holder import Holder

@@ -7,7 +7,7 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import PICTURES
 from safelight.sampling import SAMPLERS
 from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size

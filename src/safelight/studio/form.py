@@ -12,7 +12,7 @@ from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.hires import HIRES
 from safelight.region import INPAINTING
 from safelight.request import MAX_PROMPT, Request
-from safelight.request_fields import draw_seed
+from safelight.request_basics import draw_seed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.settings import Setting, settings_of

@@ -10,7 +10,7 @@ import gradio as gr
 
 from safelight.errors import SafelightError
 from safelight.request import MAX_PROMPT, Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import PICTURES
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
 from safelight.server.wording import public

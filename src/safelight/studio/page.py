@@ -14,7 +14,8 @@ from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
-from safelight.request_fields import PICTURES, draw_seed
+from safelight.request_basics import draw_seed
+from safelight.request_pictures import PICTURES
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.studio import easel, entries

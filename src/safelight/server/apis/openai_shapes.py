@@ -14,7 +14,7 @@ from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.picture import encode
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import PICTURES
 from safelight.server.bodies import MAX_BODY
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import PICTURES
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import check_json, decode_base64, decoded, read_json, turn
