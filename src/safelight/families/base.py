@@ -97,7 +97,8 @@ class Family:
     refinable: whether another model of the family can take its last steps. shortcuts: those of the
     fast mode's settings that work with its network. told_by_scheduler: its variants have equal
     shapes and differ in the scheduler, which a single file does not hold. told_by_index: the same,
-    and they differ in model_index.json. half: the precision that
+    and they differ in model_index.json. usual: of these, the first is meant unless a file or folder
+    says another. half: the precision that
     `dtype` auto takes on a GPU that has it. areas: of the pictures that it draws well in any
     shape, the least and the most, in those of its native size; None: it draws that size best.
     latent_rgb: colours of latents for previews, see `families.colours`; None if they are unknown.
@@ -122,6 +123,7 @@ class Family:
     refinable: ClassVar[bool] = False
     told_by_scheduler: ClassVar[bool] = False
     told_by_index: ClassVar[bool] = False
+    usual: ClassVar[bool] = False
     half: ClassVar[str] = "float16"
     areas: ClassVar[tuple[float, float] | None] = None
     shortcuts: ClassVar[tuple[str, ...]] = ()

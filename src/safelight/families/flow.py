@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -68,7 +68,7 @@ class Rows:
     pooled: Tensor | None
     guidance: Tensor
     lengths: list[int]
-    references: list[Tensor]
+    references: Sequence[Tensor] = ()
 
 
 class FlowFamily(AutoencodedFamily):
