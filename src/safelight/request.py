@@ -32,6 +32,7 @@ from safelight.request_pictures import (
     PICTURES,
     REFERENCES,
     by_name,
+    check_area,
     check_digest,
     copied,
     digest_key,
@@ -129,6 +130,7 @@ class Request(RequestFields, metaclass=_Listed):
     @field_validator(REFERENCES)
     @classmethod
     def _copy_references(cls, value: tuple[Image, ...]) -> tuple[Image, ...]:
+        check_area(value)
         return tuple(copied(one, REFERENCES) for one in value)
 
     @model_validator(mode="after")

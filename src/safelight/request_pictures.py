@@ -3,7 +3,7 @@
 Recipes and databases have their digests in their place, as `image_sha256`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL.Image import Image
@@ -20,6 +20,10 @@ REFERENCES = "reference_images"
 MAX_REFERENCES = 10
 """The most reference pictures of a request: each makes a step longer. Models may take fewer."""
 
+MAX_TOGETHER = 64_000_000
+"""The most pixels of all reference pictures of a request: each is held in memory as it was given.
+"""
+
 ALL = (*PICTURES, REFERENCES)
 """The settings that are pictures."""
 
@@ -35,7 +39,7 @@ def digest_key(name: str) -> str:
 def stored_names(settings: Mapping[str, Any]) -> list[str]:
     """Return the names that the pictures of stored settings are stored under."""
     names = [name for name in PICTURES if digest_key(name) in settings]
-    return names + [*STORED[len(PICTURES) :]][: len(settings.get(digest_key(REFERENCES), ()))]
+    return names + [*STORED[len(PICTURES) :]][: len(settings.get(digest_key(REFERENCES)) or ())]
 
 
 def setting_of(name: str) -> str:
@@ -51,10 +55,27 @@ def by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_setting(pictures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return pictures by their settings. pictures: in the order and by the names of STORED."""
+    """Return pictures by their settings. pictures: by their stored names; None is left out."""
     found = {name: one for name, one in pictures.items() if name in PICTURES}
-    several = tuple(one for name, one in pictures.items() if name not in PICTURES)
+    several = tuple(one for name in STORED[len(PICTURES) :] if (one := pictures.get(name)))
     return found | ({REFERENCES: several} if several else {})
+
+
+def changed(settings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
+    """Return the pictures among settings, or what stands for them, each of them changed.
+
+    change: given the setting, and one picture. Raises SafelightError if several are no list.
+    """
+    found = {name: change(name, settings[name]) for name in PICTURES if name in settings}
+    if REFERENCES in settings:
+        several = settings[REFERENCES]
+        if not isinstance(several, list | tuple) or len(several) > MAX_REFERENCES:
+            raise SafelightError(
+                f"{REFERENCES} must be a list of at most {MAX_REFERENCES} pictures",
+                field=REFERENCES,
+            )
+        found[REFERENCES] = tuple(change(REFERENCES, one) for one in several)
+    return found
 
 
 def copied(picture: Image, name: str) -> Image:
@@ -72,6 +93,16 @@ def copied(picture: Image, name: str) -> Image:
         return as_mask(picture) if name == "mask" else as_rgb(picture)
     except (OSError, SyntaxError) as error:  # PIL decodes a file when it is first used
         raise SafelightError(f"{name} cannot be decoded: {error}", field=name) from None
+
+
+def check_area(pictures: Sequence[Image]) -> None:
+    """Raise SafelightError if reference pictures are too large together."""
+    if sum(one.width * one.height for one in pictures) > MAX_TOGETHER:
+        raise SafelightError(
+            f"{REFERENCES} may have {MAX_TOGETHER // 10**6} million pixels together: make them "
+            "smaller; no model reads more than about a million of each",
+            field=REFERENCES,
+        )
 
 
 def check_digest(name: str, wanted: Any, found: Any) -> None:

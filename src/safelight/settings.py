@@ -120,6 +120,11 @@ class Setting:
     most: int | None = None
 
     @property
+    def repeated(self) -> bool:
+        """Whether it is a list, whose option may be given more than once."""
+        return self.kind is tuple or self.several
+
+    @property
     def accepts(self) -> str:
         """The accepted values in words, as in "a whole number from 1 to 1000"."""
         if self.kind is tuple:
@@ -178,7 +183,7 @@ class Setting:
         The texts of a list are separated by commas or line ends. `Request` checks the value, and
         says what would be right.
         """
-        if self.kind is tuple or self.several:
+        if self.repeated:
             return tuple(part for part in map(str.strip, re.split(r"[,\n]", text)) if part)
         try:
             if self.kind is int:

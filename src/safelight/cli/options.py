@@ -349,8 +349,10 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
     if setting.kind is tuple:
         each = f": {setting.about.accepts}" if setting.about.accepts else ""
         said = f"{what}{each}; may be given more than once."
+    if setting.several:
+        said = f"{what}: a PNG, JPEG or WebP file; may be given more than once."
     option = Option(*names, help=said, show_default=False, rich_help_panel=group)
-    kind = list[str] if setting.kind is tuple else setting.kind or str
+    kind = list[str] if setting.repeated else setting.kind or str
     return inspect.Parameter(
         setting.name, keyword, default=None, annotation=Annotated[kind | None, option]
     )
@@ -374,7 +376,7 @@ def _renamed(args: Sequence[str], names: dict[str, "Setting"]) -> list[str]:
             continue
         setting = names[name]
         before = said.setdefault(setting.name, name)
-        if before != name and setting.kind is not tuple:
+        if before != name and not setting.repeated:
             raise SafelightError(f"{before} and {name} are one setting: give one of them")
         aliased = name in setting.about.aliases
         found.append(f"{setting.option}{equals}{value}" if aliased else argument)

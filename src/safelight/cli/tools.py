@@ -161,6 +161,10 @@ def verify(
     ip_adapter_image: Annotated[
         str | None, Option(help="The picture that was a prompt, if any.", show_default=False)
     ] = None,
+    reference: Annotated[
+        list[str] | None,
+        Option(help="A picture that it refers to, if any, in their order.", show_default=False),
+    ] = None,
     models_dir: options.ModelsDir = None,
     device: Annotated[
         str | None, Option(help="Another device than the recipe's.", show_default=False)
@@ -192,8 +196,8 @@ def verify(
             f"{png[-100:]!r} is a grid of several pictures: verify takes one picture"
         )
     picture = open_picture(png)
-    given = {"image": image, "mask": mask, "control_image": control_image}
-    given["ip_adapter_image"] = ip_adapter_image
+    given: dict[str, Any] = {"image": image, "mask": mask, "control_image": control_image}
+    given |= {"ip_adapter_image": ip_adapter_image, "reference_images": reference}
     request = safelight.Request.from_dict(recipe["settings"], **open_pictures(given))
     used = {key: recipe.get(key) for key in USED}
     with StepBar(count=1) as on_step:

@@ -147,6 +147,16 @@ class Family:
         """The most reference pictures that the network reads."""
         return 0
 
+    @property
+    def edits(self) -> bool:
+        """Whether it was taught to edit a picture that is given as a reference."""
+        return self.references > 0
+
+    @property
+    def only_edits(self) -> bool:
+        """Whether a picture to change is its reference, rather than one to start from."""
+        return False
+
     def reads(
         self, refiner: Family | None = None, control: bool = False, ip_adapter: bool = False
     ) -> frozenset[str]:

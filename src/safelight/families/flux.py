@@ -72,7 +72,7 @@ class Flux(FlowFamily):
     """One variant.
 
     layers, singles: blocks of two streams and of one. guided: whether it reads a guidance scale.
-    longest: the most tokens of T5. edits: whether it is known to be Kontext.
+    longest: the most tokens of T5. kontext: whether it is known to be Kontext.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Flux(FlowFamily):
     singles: int = 0
     guided: bool = False
     longest: int = 512
-    edits: bool = False
+    kontext: bool = False
     defaults: Mapping[str, Any] = field(default_factory=lambda: _DEV)
     distilled: bool = False
     latent_rgb: tuple[tuple[float, ...], ...] | None = None
@@ -116,11 +116,11 @@ class Flux(FlowFamily):
         super().variant(configs, index, scheduler)
         net = configs["transformer"]
         shapes = net.num_layers, net.num_single_layers, net.guidance_embeds
-        edits = net.guidance_embeds and "Kontext" in str(index.get("_class_name"))
+        kontext = net.guidance_embeds and "Kontext" in str(index.get("_class_name"))
         for one in VARIANTS:
-            if (one.layers, one.singles, one.guided) == shapes and one.edits == edits:
+            if (one.layers, one.singles, one.guided) == shapes and one.kontext == kontext:
                 return one
-        if edits:
+        if kontext:
             return CUSTOM_KONTEXT
         return CUSTOM if net.guidance_embeds else CUSTOM_SCHNELL
 
@@ -129,7 +129,7 @@ class Flux(FlowFamily):
         return {"_class_name": _EDITS} if "kontext" in name.casefold() else {}
 
     def published_variants(self) -> tuple[FlowFamily, ...]:
-        return tuple(one for one in VARIANTS if not one.edits)
+        return tuple(one for one in VARIANTS if not one.kontext)
 
     def check_configs(self, configs: Mapping[str, Any]) -> None:
         net, vae = configs["transformer"], configs["vae"]
@@ -148,7 +148,7 @@ class Flux(FlowFamily):
 
     def index(self, configs: Mapping[str, Any]) -> dict[str, Any]:
         absent = dict.fromkeys(("image_encoder", "feature_extractor"), NO_PART)
-        named = {"_class_name": _EDITS} if self.edits else {}
+        named = {"_class_name": _EDITS} if self.kontext else {}
         return {**super().index(configs), **absent, **named}
 
     def original(self, part: str, config: Mapping[str, Any]) -> Section:
@@ -182,7 +182,7 @@ class Flux(FlowFamily):
         found = super().warnings(model, request)
         if not self.guided and request.guidance_scale != 1:
             found.append(f"guidance_scale does nothing with {model.name}: leave it out")
-        if request.reference_images and not self.edits:
+        if request.reference_images and not self.kontext:
             found.append(
                 f"{model.name} is not known to be FLUX.1 Kontext: other models of FLUX.1 were not "
                 "taught to read reference_images"
@@ -222,6 +222,14 @@ class Flux(FlowFamily):
         # Files of dev and Kontext look the same; Kontext has a guidance scale, so schnell is none.
         return 1 if self.guided else 0
 
+    @property
+    def edits(self) -> bool:
+        return self.kontext
+
+    @property
+    def only_edits(self) -> bool:
+        return self.kontext
+
     def reference_sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         # diffusers' pipeline looks for the nearest proportions, and does not keep those of the
         # picture.
@@ -231,7 +239,7 @@ class Flux(FlowFamily):
 
 
 CUSTOM = Flux("flux-custom", guided=True)
-CUSTOM_KONTEXT = Flux("flux-kontext-custom", guided=True, edits=True, defaults=_KONTEXT)
+CUSTOM_KONTEXT = Flux("flux-kontext-custom", guided=True, kontext=True, defaults=_KONTEXT)
 CUSTOM_SCHNELL = Flux("flux-custom", longest=256, defaults=_SCHNELL, distilled=True)
 """The variants of folders whose transformer has the shapes of no published one."""
 
@@ -244,7 +252,7 @@ _DEV_SHAPE: dict[str, Any] = {
 }
 VARIANTS = (
     Flux("flux-dev", **_DEV_SHAPE),
-    Flux("flux-kontext", **_DEV_SHAPE, edits=True, defaults=_KONTEXT),
+    Flux("flux-kontext", **_DEV_SHAPE, kontext=True, defaults=_KONTEXT),
     Flux(
         "flux-schnell",
         *(19, 38),
