@@ -1,15 +1,18 @@
 """The pictures of a request: the settings that they are, and the names that they are stored under.
 
-Recipes and databases have their digests in their place, as `image_sha256`.
+Recipes and databases have their digests in their place, as `image_sha256`. Importing this does not
+import Pillow.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from __future__ import annotations
 
-from PIL.Image import Image
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
-from safelight.pixels import as_mask, as_rgb
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PICTURES = ("image", "mask", "control_image", "ip_adapter_image")
 """The settings that are one picture."""
@@ -83,6 +86,8 @@ def copied(picture: Image, name: str) -> Image:
 
     name: of its setting. Raises SafelightError for a picture that cannot be converted.
     """
+    from safelight.pixels import as_mask, as_rgb
+
     if picture.mode in ("I", "F"):
         raise SafelightError(
             f"{name} has PIL's mode {picture.mode}, which does not say what white is: bring it "

@@ -10,11 +10,11 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
 from safelight.engine import Engine
+from safelight.engine.references import middle
 from safelight.engine.requests import new_result, resolve_request
 from safelight.errors import SafelightError
 from safelight.explain.watch import watch
 from safelight.families.flux2 import FLUX2
-from safelight.families.references import middle
 from safelight.picture import to_tensor
 from safelight.request import Request
 from tests.parity import test_flux, test_flux2

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from safelight.engine.inputs import covering
 from safelight.families.conditioning import Conditioning
-from safelight.families.references import middle
-from safelight.pixels import picture_sha256
+from safelight.pixels import picture_sha256, resized
 
 if TYPE_CHECKING:
     from safelight.families.conditioning import Cached
+    from safelight.families.references import Size
     from safelight.model import Model
     from safelight.request import Request
 
@@ -36,6 +36,13 @@ def read_references(
         else:
             found += cached(("reference", picture_sha256(image)), make).references
     return tuple(found)
+
+
+def middle(image: Image.Image, whole: Size, part: Size) -> Image.Image:
+    """Return the middle of a picture that is brought to a whole size. part: size of the middle."""
+    image = image if image.size == whole else resized(image, whole)
+    left, top = (whole[0] - part[0]) // 2, (whole[1] - part[1]) // 2
+    return image.crop((left, top, left + part[0], top + part[1]))
 
 
 def latents_read(model: Model, request: Request) -> int:

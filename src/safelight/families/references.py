@@ -1,4 +1,4 @@
-"""Reference pictures: what models read of them, without PyTorch.
+"""Reference pictures: what models read of them, without PyTorch and Pillow.
 
 A model that edits reads the latents of whole pictures beside those that it denoises. Each family
 brings a picture to a size of its own before it is encoded.
@@ -9,10 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from safelight.errors import SafelightError
-from safelight.pixels import resized
 from safelight.request_pictures import REFERENCES
 from safelight.sizes import allowed_size
 
@@ -38,13 +35,6 @@ def within(size: Size, area: int, multiple: int) -> tuple[Size, Size]:
         scale = math.sqrt(area / (width * height))
         width, height = int(width * scale), int(height * scale)
     return (width, height), (width // multiple * multiple, height // multiple * multiple)
-
-
-def middle(image: Image.Image, whole: Size, part: Size) -> Image.Image:
-    """Return the middle of a picture that is brought to a whole size. part: size of the middle."""
-    image = image if image.size == whole else resized(image, whole)
-    left, top = (whole[0] - part[0]) // 2, (whole[1] - part[1]) // 2
-    return image.crop((left, top, left + part[0], top + part[1]))
 
 
 def check_references(model: Model | Plan, request: Request) -> None:
