@@ -17,9 +17,10 @@ from safelight.explain.watch import watch
 from safelight.families.flux2 import FLUX2
 from safelight.picture import to_tensor
 from safelight.request import Request
+from safelight.weights import load_model
 from tests.parity import test_flux, test_flux2
 from tests.parity.flow_models import make_flux, make_klein, make_zimage
-from tests.parity.test_pictures import NEGATIVE, PROMPT, Worst, left_half, ours, theirs
+from tests.parity.test_pictures import NEGATIVE, PROMPT, Worst, draw, left_half, ours, theirs
 
 KONTEXT = "FluxKontextPipeline"
 PREFERRED = "diffusers.pipelines.flux.pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS"
@@ -140,6 +141,14 @@ def test_the_size_of_the_picture_is_drawn(klein: Path, kontext: Path) -> None:
 
 
 # --- what they cost ------------------------------------------------------------------------------
+
+
+def test_bfloat16(klein: Path) -> None:
+    asked = {"prompt": PROMPT, "width": 64, "height": 64, "steps": 2, "seed": 2}
+    asked |= {"reference_images": shown((80, 64)), "guidance_scale": 1.0}
+    wanted, _ = draw(ours(klein), **asked)
+    found, _ = draw(load_model(str(klein), device="cpu", dtype="bfloat16"), **asked)
+    assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
 
 
 def test_a_picture_is_encoded_once(klein: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,4 +58,4 @@ def _read(model: Model, image: Image.Image) -> Conditioning:
     pixels = covering(model, middle(image, *family.reference_sizes(image.size)))
     shape = family.latent_shape(model, (pixels.shape[-1], pixels.shape[-2]))
     latents = family.encode_picture(model, pixels, torch.zeros(shape, device=model.device))
-    return Conditioning(references=(latents,))
+    return Conditioning(references=(latents.to(model.dtype),))
