@@ -22,6 +22,7 @@ class Pictures(TypedDict, total=False):
     mask: Image | None
     control_image: Image | None
     ip_adapter_image: Image | None
+    reference_images: Sequence[Image] | Image
 
 
 class GenerateSettings(TypedDict, total=False):
@@ -49,6 +50,7 @@ class GenerateSettings(TypedDict, total=False):
     eta: float
     image: Image | None
     mask: Image | None
+    reference_images: Sequence[Image] | Image
     mask_padding: int | None
     mask_blur: float
     mask_content: MaskContent

@@ -141,13 +141,13 @@ def reason(error: Exception) -> str:
 
 def open_pictures(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pictures of a request whose settings name them as files; others are left out."""
-    from safelight.request_fields import PICTURES
+    from safelight.request_pictures import by_name, by_setting, setting_of
 
-    names = [name for name in PICTURES if settings.get(name) is not None]
-    return {
-        name: open_mask(settings[name]) if name == "mask" else open_picture(settings[name], name)
-        for name in names
-    }
+    def opened_one(name: str, file: str) -> Image.Image:
+        setting = setting_of(name)
+        return open_mask(file) if setting == "mask" else open_picture(file, setting)
+
+    return by_setting({name: opened_one(name, file) for name, file in by_name(settings).items()})
 
 
 def to_tensor(image: Image.Image) -> "torch.Tensor":

@@ -23,9 +23,20 @@ from safelight.errors import SafelightError
 from safelight.families.control import OF_PICTURES
 from safelight.hires import check_hires, taken, unused_hires
 from safelight.keywords import Pictures, RequestSettings
-from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
+from safelight.pixels import picture_sha256, resized
 from safelight.region import unused_inpainting
-from safelight.request_fields import PICTURES, RequestFields, draw_seed
+from safelight.request_basics import draw_seed
+from safelight.request_fields import RequestFields
+from safelight.request_pictures import (
+    ALL,
+    PICTURES,
+    REFERENCES,
+    by_name,
+    check_area,
+    check_digest,
+    copied,
+    digest_key,
+)
 from safelight.request_ranges import MAX_SEED
 from safelight.settings import document, explained, settings_of, shown
 from safelight.sizes import size_of
@@ -114,20 +125,13 @@ class Request(RequestFields, metaclass=_Listed):
     @field_validator(*PICTURES)
     @classmethod
     def _copy_picture(cls, value: Image | None, info: ValidationInfo) -> Image | None:
-        """Return a converted copy: later changes to the caller's picture do not reach it."""
-        if value is None:
-            return None
-        name = info.field_name
-        if value.mode in ("I", "F"):
-            raise SafelightError(
-                f"{name} has PIL's mode {value.mode}, which does not say what white is: bring it "
-                "to 0 to 255 and convert it to L",
-                field=name,
-            )
-        try:
-            return as_mask(value) if name == "mask" else as_rgb(value)
-        except (OSError, SyntaxError) as error:  # PIL decodes a file when it is first used
-            raise SafelightError(f"{name} cannot be decoded: {error}", field=name) from None
+        return None if value is None else copied(value, str(info.field_name))
+
+    @field_validator(REFERENCES)
+    @classmethod
+    def _copy_references(cls, value: tuple[Image, ...]) -> tuple[Image, ...]:
+        check_area(value)
+        return tuple(copied(one, REFERENCES) for one in value)
 
     @model_validator(mode="after")
     def _validate_together(self) -> Self:
@@ -135,7 +139,7 @@ class Request(RequestFields, metaclass=_Listed):
 
     def _check_together(self) -> Self:
         if self.unconditional:
-            for name in ("prompt", "negative_prompt", *PICTURES):
+            for name in ("prompt", "negative_prompt", *ALL):
                 if getattr(self, name):
                     raise SafelightError(
                         f"{name} cannot be used with unconditional: such a model draws from "
@@ -237,8 +241,8 @@ class Request(RequestFields, metaclass=_Listed):
         shared, not copied.
         """
         asked = {name: getattr(self, name) for name in (*self.model_fields_set, "seed")}
-        pictures = {n: asked.pop(n, None) for n in PICTURES if n not in changes}
-        kept = {name: picture for name, picture in pictures.items() if picture is not None}
+        pictures = {n: asked.pop(n, None) for n in ALL if n not in changes}
+        kept = {name: picture for name, picture in pictures.items() if picture}
         if changes.keys() & {"image", "mask"}:  # one is checked against the other
             both = {name: kept.pop(name) for name in ("image", "mask") if name in kept}
             changes = {**changes, **both}
@@ -261,7 +265,7 @@ class Request(RequestFields, metaclass=_Listed):
         given = {"image": image, "mask": mask, **others}
         return self._with_pictures({n: one for n, one in given.items() if one is not None}, {})
 
-    def _with_pictures(self, pictures: Mapping[str, Image], digests: Mapping[str, str]) -> Self:
+    def _with_pictures(self, pictures: Mapping[str, Any], digests: Mapping[str, str]) -> Self:
         """Return the same request with pictures. digests: of the originals, where they differ."""
         made = self.model_copy(update=dict(pictures))
         made._digests = {name: digests[name] for name in pictures if name in digests}
@@ -280,20 +284,22 @@ class Request(RequestFields, metaclass=_Listed):
         if self.hires_scale != 1:  # the engine fits them to each pass
             return self.model_copy(update=dict(zip(("width", "height"), size, strict=True)))
         how = {"mask": Resampling.NEAREST}
-        pictures = {
+        given = {name: getattr(self, name) for name in ("image", "mask", "control_image")}
+        pictures = {  # models read the others at sizes of their own
             name: resized(picture, size, how.get(name, Resampling.LANCZOS))
-            for name, picture in self.pictures.items()
-            if picture.size != size and name != "ip_adapter_image"  # read at a size of its own
+            for name, picture in given.items()
+            if picture is not None and picture.size != size
         }
         if not pictures:
             return self
         digests = {name: self._digest(name, getattr(self, name)) for name in pictures}
-        return self._with_pictures({**self.pictures, **pictures}, {**self._digests, **digests})
+        kept = {name: one for name, one in given.items() if one is not None}
+        return self._with_pictures({**kept, **pictures}, {**self._digests, **digests})
 
     @property
     def pictures(self) -> dict[str, Image]:
-        """The pictures that it has, by their settings."""
-        return {n: one for n in PICTURES if (one := getattr(self, n)) is not None}
+        """The pictures that it has, by the names that they are stored under."""
+        return by_name({name: getattr(self, name) for name in ALL})
 
     @property
     def sized_by(self) -> Image | None:
@@ -309,6 +315,14 @@ class Request(RequestFields, metaclass=_Listed):
         """Return the SHA-256 of a picture as it was given."""
         return self._digests.get(name) or picture_sha256(picture)
 
+    def _found_digests(self) -> dict[str, Any]:
+        """Return the digests of its pictures as they were given, by their settings."""
+        given = {name: getattr(self, name) for name in PICTURES}
+        found: dict[str, Any] = {n: self._digest(n, one) for n, one in given.items() if one}
+        if self.reference_images:
+            found[REFERENCES] = [picture_sha256(one) for one in self.reference_images]
+        return found
+
     @property
     def was_resized(self) -> bool:
         """Whether its picture was given at another size and is `fitted` now."""
@@ -318,7 +332,7 @@ class Request(RequestFields, metaclass=_Listed):
 
     def without_pictures(self) -> Self:
         """Return the same request without its pictures, which take much memory."""
-        return self.model_copy(update=dict.fromkeys(PICTURES))
+        return self.model_copy(update={**dict.fromkeys(PICTURES), REFERENCES: ()})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them; pictures by their SHA-256 alone."""
@@ -326,8 +340,7 @@ class Request(RequestFields, metaclass=_Listed):
         for name, setting in settings_of(type(self)).items():
             if setting.kind is tuple:
                 settings[name] = list(settings[name])
-        for name, picture in self.pictures.items():
-            settings[f"{name}_sha256"] = self._digest(name, picture)
+        settings |= {digest_key(name): found for name, found in self._found_digests().items()}
         return settings
 
     @classmethod
@@ -339,27 +352,19 @@ class Request(RequestFields, metaclass=_Listed):
         fitted: `Request.fitted` has resized them already; they are not copied.
         """
         settings = {str(name): value for name, value in settings.items()}
-        digests = {name: settings.pop(f"{name}_sha256", None) for name in PICTURES}
+        digests = {name: settings.pop(digest_key(name), None) for name in ALL}
         for name in digests.keys() & settings.keys():
             raise SafelightError(
-                f"{name} stands in a request as {name}_sha256 alone, its digest", field=name
+                f"{name} stands in a request as {digest_key(name)} alone, its digest", field=name
             )
         if fitted:
             request = cls(**settings).with_pictures(**pictures)
-            request._digests = {name: digest for name, digest in digests.items() if digest}
+            request._digests = {name: digests[name] for name in PICTURES if digests[name]}
         else:
             request = cls(**settings, **pictures)
+        found = request._found_digests()
         for name, digest in digests.items():
-            picture = getattr(request, name)
-            if digest is None and picture is not None:
-                problem = "was not part of this request: leave it out"
-            elif digest is not None and picture is None:
-                problem = f"is needed again: the one of SHA-256 {digest}"
-            elif picture is not None and (found := request._digest(name, picture)) != digest:
-                problem = f"must be the one of SHA-256 {digest}, not {found}"
-            else:
-                continue
-            raise SafelightError(f"{name} {problem}", field=name)
+            check_digest(name, digest, found.get(name))
         return request
 
     def to_json(self) -> str:

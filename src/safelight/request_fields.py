@@ -1,181 +1,51 @@
 """The settings of a picture, each described in one place, without PyTorch.
 
 The command line, the three APIs, the page's form, grids, recipes and docs/settings.md are derived
-from these fields (see `safelight.settings`): a new setting is one new field here.
+from these fields (see `safelight.settings`): a new setting is one new field here, or in
+`request_basics`, which has those of words, size and sampler.
 """
 
-import secrets
 from typing import Annotated
 
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-from safelight.adapters.asked import Unmatched
-from safelight.keywords import EmptyNegative, Linears, MaskContent, Schedule, Spacing
-from safelight.prompt.reading import Emphasis, Syntax
+from safelight.keywords import EmptyNegative, Linears, MaskContent
+from safelight.request_basics import BasicFields
+from safelight.request_pictures import MAX_REFERENCES
 from safelight.request_ranges import (
     CacheBranch,
     CacheEvery,
-    ClipSkip,
     ControlScale,
-    Count,
-    Guidance,
     HiresScale,
     IpAdapterScale,
     Level,
     MaskBlur,
     MaskPadding,
     Score,
-    Seed,
     Share,
-    Side,
     Steps,
     Strength,
     ToldPlace,
     ToldSide,
 )
-from safelight.settings import About, Texts
+from safelight.settings import About
 
-PICTURES = ("image", "mask", "control_image", "ip_adapter_image")
-"""The settings that are pictures. Recipes and databases have their digests in their place."""
-
-
-def draw_seed() -> int:
-    """Return a random seed of 32 bits: few enough digits to read out to someone."""
-    return secrets.randbelow(2**32)
-
-
-def _samplers() -> tuple[str, ...]:
-    from safelight.sampling import SAMPLERS
-
-    return tuple(SAMPLERS)
-
-
-_OWN, _OWN_SIZE = "the model's own", "the model's own, or the picture's"
 _DRAWN, _LEVELS = "that of the picture", "set by fast"
 _SDXL, _FAST, _CONTROL, _IP_ADAPTER = "SDXL", "Fast mode", "ControlNet", "IP-Adapter"
 _INPAINTING, _HIRES = "Inpainting", "Second pass"
 
 
-class RequestFields(BaseModel):
+def _as_pictures(value: object) -> object:
+    """Return a list of pictures, or a picture alone, as a tuple."""
+    if isinstance(value, Image):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class RequestFields(BasicFields):
     """The fields of a Request, which checks them together."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True
-    )
-
-    prompt: str = Field("", description="what to draw")
-    negative_prompt: Annotated[str, About(aliases=("--negative",))] = Field(
-        "", description="what to keep out of the picture"
-    )
-    prompt_syntax: Annotated[Syntax, About(aliases=("--syntax",), infotext="Prompt syntax")] = (
-        Field("plain", description="how brackets and weights in both prompts are read")
-    )
-    emphasis: Emphasis = Field(
-        "original", description="how a1111 weights, such as (red:1.3), are applied"
-    )
-    clip_skip: Annotated[
-        ClipSkip | None,
-        About(
-            default="1, the last layer",
-            infotext="Clip skip",
-            slider=(1, 12, 1),
-        ),
-    ] = Field(None, description="layer of the text encoder that is read, 1 being the last")
-    loras: Annotated[
-        Texts,
-        About(
-            option="--lora",
-            accepts="name, name:weight or name:weight:text_weight",
-        ),
-    ] = Field((), description="LoRAs and their kin, each with its weight, 1 if it has none")
-    lora_unmatched: Unmatched = Field(
-        "error", description="what becomes of a LoRA's keys that belong to nothing in the model"
-    )
-    embeddings: Annotated[Texts, About(option="--embedding", accepts="a name")] = Field(
-        (), description="textual inversions, whose names in a prompt stand for their vectors"
-    )
-    styles: Annotated[Texts, About(option="--style", accepts="a name in the file of styles")] = (
-        Field((), description="words that are put around both prompts, from a styles.csv")
-    )
-    dynamic_prompts: bool = Field(
-        False, description="draw `{a|b}` and `__name__` in both prompts, with each picture's seed"
-    )
-    width: Annotated[Side | None, About(default=_OWN_SIZE, short="-W")] = Field(
-        None, description="width in pixels"
-    )
-    height: Annotated[Side | None, About(default=_OWN_SIZE, short="-H")] = Field(
-        None, description="height in pixels"
-    )
-    steps: Annotated[
-        Steps | None,
-        About(
-            default="the model's own, else the sampler's",
-            aliases=("--num-inference-steps", "--num-steps"),
-            infotext="Steps",
-            slider=(1, 150, 1),
-        ),
-    ] = Field(None, description="number of denoising steps")
-    guidance_scale: Annotated[
-        Guidance,
-        About(
-            default="the model's own, else 7.5",
-            aliases=("--cfg-scale", "--cfg", "--scale", "--guidance"),
-            a1111="cfg_scale",
-            infotext="CFG scale",
-            slider=(0, 30, 0.5),
-        ),
-    ] = Field(7.5, description="how closely to follow the prompt; 1 turns guidance off")
-    seed: Annotated[
-        Seed,
-        About(
-            default="random",
-            accepts="a whole number from 0 to 2**63 - 1",
-            short="-s",
-            infotext="Seed",
-        ),
-    ] = Field(
-        default_factory=draw_seed, description="start of the random numbers; picture i has seed + i"
-    )
-    count: Annotated[
-        Count,
-        About(
-            short="-n",
-            aliases=("--num-images", "--num-images-per-prompt", "--batch-size", "--n-iter"),
-            a1111="batch_size times n_iter",
-            slider=(1, 16, 1),
-        ),
-    ] = Field(1, description="number of pictures")
-    sampler: Annotated[
-        str,
-        About(
-            default="the model's own, else pndm",
-            accepts="a name of `safelight samplers`, or a web UI's or diffusers' name for it",
-            aliases=("--sampler-name", "--sampling-method", "--scheduler"),
-            a1111="sampler_name",
-            choices=_samplers,
-        ),
-    ] = Field("pndm", description="method that removes the noise")
-    schedule: Annotated[
-        Schedule | None,
-        About(default=_OWN, aliases=("--schedule-type",), a1111="scheduler"),
-    ] = Field(None, description="noise levels of the steps")
-    spacing: Annotated[Spacing | None, About(default=_OWN, aliases=("--timestep-spacing",))] = (
-        Field(None, description="distribution of the timesteps")
-    )
-    strength: Annotated[
-        Strength | None,
-        About(
-            default="0.8; 1 with a mask",
-            aliases=("--denoising-strength", "--denoise"),
-            a1111="denoising_strength",
-            infotext="Denoising strength",
-            slider=(0.05, 1, 0.05),
-        ),
-    ] = Field(None, description="how much of `image` to change; 1 keeps nothing")
-    eta: Annotated[Share, About(infotext="Eta", slider=(0, 1, 0.05))] = Field(
-        0.0, description="fresh noise at each step, in ddim and tcd"
-    )
     image: Annotated[
         Image | None,
         About(
@@ -194,6 +64,22 @@ class RequestFields(BaseModel):
         exclude=True,
         repr=False,
         description="mask of `image`; white is repainted, black is kept",
+    )
+    reference_images: Annotated[
+        tuple[Image, ...],
+        BeforeValidator(_as_pictures),
+        Field(max_length=MAX_REFERENCES),
+        About(
+            accepts=f"up to {MAX_REFERENCES} PIL pictures",
+            option="--reference",
+            aliases=("--reference-image", "--ref-image"),
+            some_models=True,
+        ),
+    ] = Field(
+        (),
+        exclude=True,
+        repr=False,
+        description="pictures to edit as the prompt says, or to take things from",
     )
     mask_padding: Annotated[
         MaskPadding | None,

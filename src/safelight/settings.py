@@ -99,9 +99,10 @@ class About:
 class Setting:
     """One setting, read from a field of a Request class.
 
-    kind: str, int, float, bool, tuple for a list of texts, or None for a picture. description:
+    kind: str, int, float, bool, tuple for a list of texts, or None for pictures. description:
     what it does. lowest, highest: limits, None without; above: whether `lowest` itself is
     excluded. choices: all values, empty if they are not listed. optional: whether it may be None.
+    several: whether it is a list of pictures. most: the largest number of a list, if it has one.
     """
 
     name: str
@@ -115,6 +116,13 @@ class Setting:
     multiple: int | None
     choices: tuple[str, ...]
     about: About
+    several: bool = False
+    most: int | None = None
+
+    @property
+    def repeated(self) -> bool:
+        """Whether it is a list, whose option may be given more than once."""
+        return self.kind is tuple or self.several
 
     @property
     def accepts(self) -> str:
@@ -175,7 +183,7 @@ class Setting:
         The texts of a list are separated by commas or line ends. `Request` checks the value, and
         says what would be right.
         """
-        if self.kind is tuple:
+        if self.repeated:
             return tuple(part for part in map(str.strip, re.split(r"[,\n]", text)) if part)
         try:
             if self.kind is int:
@@ -203,6 +211,8 @@ class Setting:
         plain: dict[str, Any] = {"type": kinds[self.kind]}
         if self.kind is tuple:
             plain |= {"items": {"type": "string"}, "maxItems": MAX_TEXTS}
+        if self.several:
+            plain = {"type": "array", "items": plain, "maxItems": self.most}
         if self.choices:
             plain["enum"] = list(self.choices)
         if self.lowest is not None:
@@ -213,6 +223,8 @@ class Setting:
             plain["multipleOf"] = self.multiple
         plain = {"anyOf": [plain, {"type": "null"}]}
         accepts = self.accepts if self.kind else "a PNG, JPEG or WebP picture in base64"
+        if self.several:
+            accepts = f"a list of at most {self.most} PNG, JPEG or WebP pictures in base64"
         plain["description"] = f"{self.description}: {accepts} (left out: {self.left_out})"
         own = self.kind is not None and not self.about.default
         if own and self.default is not None and not callable(self.default):
@@ -346,6 +358,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
     about = next((one for one in metadata if isinstance(one, About)), About())
     literal = kinds and get_origin(kinds[0]) is Literal
     bare = [tuple if get_origin(kind) is tuple else kind for kind in kinds]
+    several = any(get_origin(kind) is tuple and get_args(kind)[0] is not str for kind in kinds)
     if about.choices is not None:
         choices = about.choices()
     else:
@@ -358,7 +371,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
     }
     return Setting(
         name=name,
-        kind=str if literal else next((k for k in bare if k in _KINDS), None),
+        kind=None if several else str if literal else next((k for k in bare if k in _KINDS), None),
         description=field.description or "",
         default=None if field.default_factory is not None else field.default,
         optional=type(None) in types_,
@@ -368,6 +381,8 @@ def _setting(name: str, field: FieldInfo) -> Setting:
         multiple=limits.get("multiple_of"),
         choices=choices,
         about=about,
+        several=several,
+        most=next((one.max_length for one in metadata if hasattr(one, "max_length")), None),
     )
 
 

@@ -260,6 +260,7 @@ def values(**fields: Any) -> dict[str, Any]:
             one.name: entries.OWN if one.choices and one.default is None else one.default
             for one in entries.further_settings(Request)
         },
+        "references": None,
         "picture": None,
         "enlarged": 1,
         "control": None,

@@ -11,7 +11,8 @@ from safelight.adapters.embedding import EmbeddingFile, bundled
 from safelight.adapters.embeddings import EmbeddingFinder, naming
 from safelight.adapters.learned import words_of
 from safelight.errors import SafelightError
-from safelight.families.flow import MARKED, FlowFamily, is_marked, read_whole
+from safelight.families.flow import FlowFamily
+from safelight.families.flow_texts import MARKED, is_marked, read_whole
 from safelight.prompt.chunks import chunks_by_text
 from safelight.prompt.dialects import read
 from safelight.prompt.reading import Reading

@@ -17,7 +17,7 @@ from safelight.batch.rows import Columns
 from safelight.errors import SafelightError
 from safelight.picture import open_pictures, reason
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import ALL, REFERENCES, changed
 from safelight.settings import Setting, settings_of, shown, unknown_setting
 from safelight.weights.digest import digest_file
 
@@ -98,22 +98,21 @@ class Rules:
         # A seed of -1 means a random seed in web UIs: treat it as missing.
         settings = {n: v for n, v in settings.items() if v is not None and (n, v) != ("seed", -1)}
         settings.setdefault("seed", seed_of(row_id))
-        settings |= {
-            name: self._path(name, settings[name]) for name in PICTURES if name in settings
-        }
+        settings |= changed(settings, self._path)
         if "mask" in settings and "image" not in settings:
             raise SafelightError(
                 "mask needs a picture to repaint: give image as well", field="mask"
             )
-        request = Request(**{n: v for n, v in settings.items() if n not in PICTURES})
+        request = Request(**{n: v for n, v in settings.items() if n not in ALL})
         if "prompt" not in settings and not request.unconditional:
             raise SafelightError(
                 'prompt is missing: give it in a column or by --set prompt="…", or give '
                 "unconditional",
                 field="prompt",
             )
-        if request.unconditional and "image" in settings:
-            raise SafelightError("image cannot be used with unconditional", field="image")
+        for name in ("image", REFERENCES):
+            if request.unconditional and settings.get(name):
+                raise SafelightError(f"{name} cannot be used with unconditional", field=name)
         if model is None:
             model = "embedded-unconditional" if request.unconditional else "embedded"
         elif not isinstance(model, str) or not model.isprintable():
@@ -157,7 +156,7 @@ def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
     7 becomes 7.0, and a picture becomes the SHA-256 of its file, wherever that is.
     """
     numbers = {n: float(v) if _SETTINGS[n].kind is float else v for n, v in settings.items()}
-    return numbers | {n: _sha256_of(settings[n]) for n in PICTURES if n in settings}
+    return numbers | changed(settings, lambda _, path: _sha256_of(path))
 
 
 def _sha256_of(path: str) -> str:
@@ -222,7 +221,8 @@ def _value(setting: Setting, value: Any, typed: bool) -> Any:
     if not typed and isinstance(value, str):
         if setting.kind is int and (whole := _WHOLE.fullmatch(value)):
             return int(whole[1])
-        return value if setting.kind is None else setting.parse(value)
+        alone = setting.kind is None and not setting.several
+        return value if alone else setting.parse(value)
     if setting.kind is int and isinstance(value, float) and value.is_integer():
         return int(value)  # pandas makes floats of a column with missing numbers
     return value

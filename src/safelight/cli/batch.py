@@ -123,12 +123,12 @@ def batch(
     """
     from safelight.batch.check import Rules
     from safelight.batch.run import How, Job
-    from safelight.request_fields import PICTURES
+    from safelight.request_pictures import changed
 
     if shard_rows is not None and shards is None:
         raise SafelightError("--shard-rows needs --shards webdataset or parquet")
     settings = loading.with_words(settings)
-    pictures = {n: str(expanded(settings[n]).absolute()) for n in PICTURES if n in settings}
+    pictures = changed(settings, lambda _, path: str(expanded(path).absolute()))
     rules = Rules(
         defaults={**settings, **pictures},
         templates=_templates(given or []),

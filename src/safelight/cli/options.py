@@ -336,8 +336,10 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
     if setting.kind is tuple:
         each = f": {setting.about.accepts}" if setting.about.accepts else ""
         said = f"{what}{each}; may be given more than once."
+    if setting.several:
+        said = f"{what}: a PNG, JPEG or WebP file; may be given more than once."
     option = Option(*names, help=said, show_default=False, rich_help_panel=group)
-    kind = list[str] if setting.kind is tuple else setting.kind or str
+    kind = list[str] if setting.repeated else setting.kind or str
     return inspect.Parameter(
         setting.name, keyword, default=None, annotation=Annotated[kind | None, option]
     )

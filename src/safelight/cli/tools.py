@@ -169,6 +169,10 @@ def verify(
     ip_adapter_image: Annotated[
         str | None, Option(help="The picture that was a prompt, if any.", show_default=False)
     ] = None,
+    reference: Annotated[
+        list[str] | None,
+        Option(help="A picture that it refers to, if any, in their order.", show_default=False),
+    ] = None,
     models_dir: options.ModelsDir = None,
     device: Annotated[
         str | None, Option(help="Another device than the recipe's.", show_default=False)
@@ -188,6 +192,7 @@ def verify(
     from safelight.adapters.recorded import recorded_files
     from safelight.picture import largest_difference, open_picture, open_pictures
     from safelight.recipe import USED, enlarge, read_recipe
+    from safelight.settings import settings_of
     from safelight.weights.library import open_library
 
     recipe = read_recipe(png)
@@ -200,14 +205,14 @@ def verify(
             f"{png[-100:]!r} is a grid of several pictures: verify takes one picture"
         )
     picture = open_picture(png)
-    given = {"image": image, "mask": mask, "control_image": control_image}
-    given["ip_adapter_image"] = ip_adapter_image
+    given: dict[str, Any] = {"image": image, "mask": mask, "control_image": control_image}
+    given |= {"ip_adapter_image": ip_adapter_image, "reference_images": reference}
     try:
         request = safelight.Request.from_dict(recipe["settings"], **open_pictures(given))
     except SafelightError as error:
         if error.field not in given or given[error.field] is not None:
             raise
-        option = f"--{error.field.replace('_', '-')}"
+        option = settings_of(safelight.Request)[error.field].option
         raise SafelightError(f"{error}: give it with {option}", field=error.field) from None
     used = {key: recipe.get(key) for key in USED}
     with StepBar(count=1) as on_step:

@@ -40,5 +40,7 @@ class Conditionings:
 def _bytes(conditioning: Conditioning) -> int:
     """Return the bytes of a conditioning's states; its stages may share them."""
     stages = (conditioning, *(later for _, later in conditioning.later))
-    states = [t for one in stages for t in (one.tokens, one.image) if t is not None]
+    states = [
+        t for one in stages for t in (one.tokens, one.image, *one.references) if t is not None
+    ]
     return sum({id(t): t.nbytes for t in states}.values())

@@ -22,6 +22,7 @@ from safelight.engine.capacity import Capacity, free_memory, out_of_memory, prob
 from safelight.engine.conditionings import Conditionings
 from safelight.engine.job import Job, NotFiniteError, advance, finish
 from safelight.engine.passes import later_of
+from safelight.engine.references import latents_read
 from safelight.engine.refining import table_of
 from safelight.engine.requests import (
     create_job,
@@ -130,7 +131,8 @@ class Engine:
                         continue
                     one = first_pass(asked := with_drawn(resolved, result, seed))
                     selection = select_loras(model, one, result, seed, self._own)
-                    size = self._size(latents_of(model, one))
+                    measure = partial(self._size, beside=latents_read(model, one))
+                    size = measure(latents_of(model, one))
                     guided = one.guidance_scale > 1 and not model.family.takes_guidance(model)
                     rows = 1 + guided
                     if selection is None:
@@ -139,7 +141,7 @@ class Engine:
                     ticket = Ticket(
                         *(table, rows, size, i, seed, model.precision, tag, share),
                         prepare=partial(make, one),
-                        later=later_of(model, asked, self._size, make),
+                        later=later_of(model, asked, measure, make),
                         selection=selection,
                         arrived=arrived,
                     )
@@ -180,9 +182,10 @@ class Engine:
             drawn = request.fitted()
             return model, create_job(model, drawn, conditioning, seed, second, cached)
 
-    def _size(self, shape: tuple[int, ...]) -> float:
+    def _size(self, shape: tuple[int, ...], beside: int = 0) -> float:
+        """Return the size of latents. beside: the numbers of reference pictures' latents."""
         own = self.model.family.latent_shape(self.model, self.model.native_size)
-        return max(1.0, math.prod(shape) / math.prod(own))
+        return max(1.0, (math.prod(shape) + beside) / math.prod(own))
 
     def close(self) -> None:
         """End the decoding thread after its current picture; nothing can be added afterwards."""

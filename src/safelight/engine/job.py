@@ -67,7 +67,7 @@ class Job:
     row per step. canvas: what is painted in, if there is a mask. size: width and height of what is
     drawn, in pixels; None: all that the latents cover.
     control, prompted: the picture that guides it, and the picture that is a prompt, if there are
-    such; a refiner reads neither.
+    such; a refiner reads neither. references: latents of the reference pictures.
     """
 
     table: Table
@@ -86,6 +86,7 @@ class Job:
     size: tuple[int, int] | None = None
     control: Control | None = None
     prompted: PicturePrompt | None = None
+    references: tuple[Tensor, ...] = ()
 
     @property
     def asked(self) -> Conditioning:
@@ -105,6 +106,8 @@ class Job:
         """Return the conditioning of a row."""
         rows = len(self.table.rows)
         found = self._texts_at(cursor)
+        if self.references:
+            found = replace(found, references=self.references)
         if (prompted := self._prompted_at(cursor)) is not None:
             found = replace(found, image=prompted.rows(found.evaluations))
         control = self.control if self._second_at(cursor) is None else None

@@ -11,10 +11,12 @@ from safelight.defaults import LEVELS, is_distilled, level_of
 from safelight.engine.control import guides, read_control
 from safelight.engine.ip_adapter import counts, read_prompted
 from safelight.engine.job import Job, prepare
+from safelight.engine.references import read_references
 from safelight.engine.refining import Second, table_of
 from safelight.engine.shortcuts import Kept, Shortcuts, remark, shortened
 from safelight.families.base import Conditioning
 from safelight.families.control import check_networks
+from safelight.families.references import check_references, size_to_draw
 from safelight.hires import check_model, final_size
 from safelight.machine import describe_machine
 from safelight.picture import to_tensor
@@ -43,6 +45,7 @@ def resolve_request(model: Model, request: Request) -> Request:
     beside = {"controlnet": model.controlnet, "ip_adapter": model.ip_adapter}
     check_networks(model.name, request, [name for name, net in beside.items() if net is not None])
     check_model(model, request)
+    check_references(model, request)
     request = shortened(request, model).with_defaults(model.defaults)
     # A recipe with None would draw the picture again with the model's own values.
     whole = {"guidance_start": 0.0, "guidance_end": 1.0}
@@ -56,7 +59,8 @@ def resolve_request(model: Model, request: Request) -> Request:
     request = request.fitted(model.native_size)
     if not family.fixed_size:
         given = request.sized_by
-        width, height = model.native_size if given is None else given.size
+        own = size_to_draw(model, request) or model.native_size
+        width, height = own if given is None else given.size
         filled |= {"width": request.width or width, "height": request.height or height}
     filled["strength"] = request.strength_taken
     return request.replace(**filled)
@@ -287,7 +291,7 @@ def create_job(
     """Return the job of one picture of a resolved request.
 
     of_refiner: the conditioning of the model's refiner, if it has one. cached: keeps what is read
-    of a picture that is a prompt.
+    of pictures that are prompts or references.
     """
     table, mine = table_of(model, request)
     whole, (request, region) = request, drawn_part(request)
@@ -312,6 +316,7 @@ def create_job(
     job.kept = Kept(Shortcuts.of(request))
     job.control = read_control(model, request)
     job.prompted = read_prompted(model, request, conditioning.evaluations, cached)
+    job.references = read_references(model, request, cached)
     if model.refiner is not None and of_refiner is not None and mine < len(table.rows):
         job.second = Second(model.refiner, mine, of_refiner)
     return job

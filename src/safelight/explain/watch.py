@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image, ImageChops
@@ -22,7 +23,9 @@ from safelight.explain.attention import (
     word_maps,
 )
 from safelight.explain.forward import Noised, forward
-from safelight.families.flow import FlowFamily, texts_of
+from safelight.families.conditioning import Conditioning
+from safelight.families.flow import FlowFamily
+from safelight.families.flow_texts import texts_of
 from safelight.model import Model
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.picture import from_tensor, to_tensor
@@ -193,12 +196,17 @@ def _words(model: Model, request: Request, result: Result) -> list[Word]:
     return words_of_chunks(tokenizer, chunks_of(tokenizer, text, one.prompt_syntax))
 
 
-def _recorded(model: Model, state: Tensor) -> AbstractContextManager[list[Tensor]] | None:
+def _recorded(
+    model: Model, state: Tensor, asked: Conditioning
+) -> AbstractContextManager[list[Tensor]] | None:
     """Return what records the network's attention to the text, None if that is not known."""
     if isinstance(model.family, FlowFamily):
         family = model.family
-        picture = state.shape[-2] * state.shape[-1] // family.patch**2
-        return recorded_jointly(family.products(model), picture, family.places)
+        picture, *others = (
+            one.shape[-2] * one.shape[-1] // family.patch**2 for one in (state, *asked.references)
+        )
+        places = partial(family.places, beside=sum(others))
+        return recorded_jointly(family.products(model), picture, places)
     if isinstance(model.unet, UNet2DConditionModel):
         return recorded(telling_layers(model.unet))
     return None
@@ -218,7 +226,7 @@ def _look(
     """
     row, asked = job.table.rows[cursor], job.asked_at(cursor)
     noisy = row.level.view(state)
-    guided, recording = asked.evaluations > 1, _recorded(model, state)
+    guided, recording = asked.evaluations > 1, _recorded(model, state, asked)
     if asked.tokens is None or not (guided or recording):
         return _Seen(taken + 1, row, noisy, clean, None, None, job.size)
     with recording or nullcontext([]) as weights:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families.conditioning import Cached, Conditioning
 from safelight.families.control import CONTROL, IP_ADAPTER
+from safelight.request_pictures import REFERENCES
 from safelight.sampling import Level, SchedulerConfig, Table, clean_estimate, table
 from safelight.weights.names import Section
 
@@ -96,7 +97,8 @@ class Family:
     refinable: whether another model of the family can take its last steps. shortcuts: those of the
     fast mode's settings that work with its network. told_by_scheduler: its variants have equal
     shapes and differ in the scheduler, which a single file does not hold. told_by_index: the same,
-    and they differ in model_index.json. half: the precision that
+    and they differ in model_index.json. usual: of these, the first is meant unless a file or folder
+    says another. half: the precision that
     `dtype` auto takes on a GPU that has it. areas: of the pictures that it draws well in any
     shape, the least and the most, in those of its native size; None: it draws that size best.
     latent_rgb: colours of latents for previews, see `families.colours`; None if they are unknown.
@@ -121,6 +123,7 @@ class Family:
     refinable: ClassVar[bool] = False
     told_by_scheduler: ClassVar[bool] = False
     told_by_index: ClassVar[bool] = False
+    usual: ClassVar[bool] = False
     half: ClassVar[str] = "float16"
     areas: ClassVar[tuple[float, float] | None] = None
     shortcuts: ClassVar[tuple[str, ...]] = ()
@@ -139,6 +142,21 @@ class Family:
 
     __hash__ = object.__hash__
 
+    @property
+    def references(self) -> int:
+        """The most reference pictures that the network reads."""
+        return 0
+
+    @property
+    def edits(self) -> bool:
+        """Whether it was taught to edit a picture that is given as a reference."""
+        return self.references > 0
+
+    @property
+    def only_edits(self) -> bool:
+        """Whether a picture to change is its reference, rather than one to start from."""
+        return False
+
     def reads(
         self, refiner: Family | None = None, control: bool = False, ip_adapter: bool = False
     ) -> frozenset[str]:
@@ -151,6 +169,8 @@ class Family:
         found |= {*(IP_ADAPTER if ip_adapter else ())}
         if refiner is not None:
             found |= {*refiner.conditioned_on, "refiner_start"}
+        if self.references:
+            found.add(REFERENCES)
         if self.shortcuts:
             found |= {"fast", *self.shortcuts}
         return frozenset(found)
@@ -353,6 +373,20 @@ class Family:
         pixels: [1, 3, H, W] from −1 to 1. noise: of the latents' shape, to sample them with.
         """
         return pixels
+
+    def reference_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the width and height at which a reference picture of a size is read."""
+        return self.reference_sizes(size)[1]
+
+    def reference_sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return the size that a reference picture is brought to, and that of the middle of it
+        that is read, both for a family with `references`.
+        """
+        raise NotImplementedError
+
+    def reference_problem(self, size: tuple[int, int]) -> str:
+        """Return why a reference picture of a size cannot be read, and what can; "" if it can."""
+        return ""
 
     def decode_latents(self, model: Model, latents: Tensor) -> Tensor:
         """Return the pixels of clean latents, float32 [1, 3, H, W] from −1 to 1."""

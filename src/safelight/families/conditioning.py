@@ -25,6 +25,7 @@ class Conditioning:
     extra: channels that the network reads beside the state, [1, channels, h, w].
     control: what guides the network by a picture, None if nothing does.
     image: what it reads of a picture that is a prompt, a row for each evaluation; None: of none.
+    references: clean latents of the reference pictures, each [1, channels, any, any].
     lengths: how many of each text's states the network reads, [n]; None: all.
     weights: of each evaluation after the negative one, multiplied by guidance. None: 1 for each.
     later: conditionings that take over, each with the step, counted from 0, at which it does. They
@@ -41,6 +42,7 @@ class Conditioning:
     weights: tuple[float, ...] | None = None
     later: tuple[tuple[int, Conditioning], ...] = ()
     image: ImagePrompt | None = None
+    references: tuple[Tensor, ...] = ()
 
     def at(self, step: int) -> Conditioning:
         """Return the conditioning of a step, counted from 0."""
@@ -62,11 +64,12 @@ class Conditioning:
         """Equal for two pictures of one size that can share a call of the network."""
         tensors = (self.tokens, self.pooled, self.sizes, self.extra)
         shapes = tuple(None if t is None else tuple(t.shape[1:]) for t in tensors)
-        return (*shapes, id(self.control), self.image is None)
+        referred = tuple(one.shape for one in self.references)
+        return (*shapes, id(self.control), self.image is None, referred)
 
     @property
     def is_finite(self) -> bool:
-        tensors = (self.tokens, self.pooled)
+        tensors = (self.tokens, self.pooled, *self.references)
         mine = all(t is None or bool(t.isfinite().all()) for t in tensors)
         mine = mine and (self.image is None or self.image.is_finite)
         return mine and all(one.is_finite for _, one in self.later)
@@ -84,7 +87,8 @@ class Conditioning:
         lengths = None if self.lengths is None else self.lengths[-1:]
         scale, extra, control = self.guidance, self.extra, self.control
         image = None if self.image is None else self.image.last()
-        return Conditioning(tokens, pooled, sizes, scale, extra, control, lengths, image=image)
+        made = Conditioning(tokens, pooled, sizes, scale, extra, control, lengths, image=image)
+        return replace(made, references=self.references)
 
 
 Cached = Callable[[Hashable, Callable[[], Conditioning]], Conditioning]

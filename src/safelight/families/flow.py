@@ -1,12 +1,8 @@
-"""The base of the families of flow matching: transformers over the latents of an autoencoder.
-
-Such a network reads whole prompts. Weights, schedules, BREAK and AND of the prompt syntaxes have no
-effect on it, and a warning says so. (ComfyUI weights the states of T5, which then say little else.)
-"""
+"""The base of the families of flow matching: transformers over the latents of an autoencoder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,8 +11,8 @@ from safelight.errors import SafelightError
 from safelight.families.autoencoded import AutoencodedFamily
 from safelight.families.base import Cached, Conditioning, Part
 from safelight.families.flow_files import Layout, Published, is_unused, unknown_variant
+from safelight.families.flow_texts import MARKED, is_marked, readings_of, texts_of
 from safelight.families.single import SingleFile
-from safelight.prompt.dialects import read
 from safelight.prompt.networks import is_lora
 from safelight.prompt.whole import Reader
 from safelight.sampling import SAMPLERS, SchedulerConfig, Table, table
@@ -33,7 +29,7 @@ if TYPE_CHECKING:
 
     from safelight.model import Model
     from safelight.nets.reuse import Reuse
-    from safelight.prompt.reading import Emphasis, Piece, Reading, Stage, Syntax, Word
+    from safelight.prompt.reading import Word
     from safelight.prompt.text_tokenizer import TextTokenizer
     from safelight.prompt.tokenizer import Tokenizer
     from safelight.request import Request
@@ -43,12 +39,6 @@ if TYPE_CHECKING:
 T5_PART = Part(
     "safelight.nets.t5", "T5EncoderModel", "T5Config", stem="model", rename=t5_folder_name
 )
-MARKED = (
-    "weights, parts or changes, which {} does not read: only its words count, those of the first "
-    "step and before AND"
-)
-"""What a warning says about a prompt that `is_marked`."""
-
 T5_TOKENIZERS = ("T5TokenizerFast", "T5Tokenizer")
 
 QWEN3_PART = Part(
@@ -68,7 +58,8 @@ class Rows:
 
     x: states, [n, channels, h, w]. timestep: float32 [n], from 0 to 1000. tokens: text states,
     [n, length, width]. pooled: [n, width]. guidance: the scales, float32 [n]. lengths: how many of
-    each row's text states count; empty: all.
+    each row's text states count; empty: all. references: latents of the reference pictures, each
+    [n, channels, any, any].
     """
 
     x: Tensor
@@ -77,6 +68,7 @@ class Rows:
     pooled: Tensor | None
     guidance: Tensor
     lengths: list[int]
+    references: Sequence[Tensor] = ()
 
 
 class FlowFamily(AutoencodedFamily):
@@ -166,7 +158,7 @@ class FlowFamily(AutoencodedFamily):
 
     def warnings(self, model: Model, request: Request) -> list[str]:
         found: list[str] = []
-        for name, (_, reading) in _readings(model, request).items():
+        for name, (_, reading) in readings_of(model, request).items():
             found += [f"{name} has {said}" for said in reading.warnings]
             for network in reading.networks:
                 told = f"{name}: <{':'.join(network):.60}> was left out"
@@ -197,12 +189,14 @@ class FlowFamily(AutoencodedFamily):
         blocks = [*net.transformer_blocks, *getattr(net, "single_transformer_blocks", ())]
         return [block.attn.product for block in blocks]
 
-    def places(self, picture: int, tokens: int) -> tuple[slice, slice]:
+    def places(self, picture: int, tokens: int, beside: int = 0) -> tuple[slice, slice]:
         """Return where the tokens of picture and text stand among those of `products`.
 
-        picture: how many the picture has. tokens: how many both have.
+        picture, beside: how many the picture and its reference pictures have. tokens: how many all
+        have together.
         """
-        return slice(tokens - picture, tokens), slice(0, tokens - picture)
+        text = tokens - picture - beside
+        return slice(text, text + picture), slice(0, text)
 
     def left_out(self, model: Model, text: str) -> str | None:
         """Return the end of a text that is longer than the model reads, None if it is not."""
@@ -284,6 +278,10 @@ class FlowFamily(AutoencodedFamily):
             torch.cat(pooled).to(model.dtype) if pooled else None,
             torch.tensor(scales, device=x.device),
             [length for asked in conditionings for length in asked.lengths or ()],
+            [
+                torch.cat([one.expand(n, -1, -1, -1) for one, n in zip(each, counts, strict=True)])
+                for each in zip(*(asked.references for asked in conditionings), strict=True)
+            ],
         )
         return self.velocity(model, rows).float()
 
@@ -297,11 +295,6 @@ class FlowFamily(AutoencodedFamily):
         cell = self.factor(model) * self.patch
         width, height = (-(-side // cell) * self.patch for side in size)
         return 1, model.vae.config.latent_channels, height, width
-
-
-def texts_of(model: Model, request: Request) -> dict[str, str]:
-    """Return the texts to encode; the negative prompt, if it is evaluated, is the first."""
-    return {name: text for name, (text, _) in _readings(model, request).items()}
 
 
 def qwen_tokenizer(
@@ -322,63 +315,6 @@ def t5_states(model: Model, text: str, tokenizer: str, encoder: str, length: int
 
     ids = model.parts[tokenizer].encode(text, length, pad=True).ids
     return model.parts[encoder](torch.tensor([ids], device=model.device))
-
-
-def read_whole(
-    text: str, syntax: Syntax, emphasis: Emphasis, *, steps: int, negative: bool
-) -> tuple[str, Reading]:
-    """Return the words that are read of a prompt, and its reading; see `dialects.read`.
-
-    Raises SafelightError for a prompt that cannot be read.
-    """
-    reading = read(text, syntax, steps=steps, emphasis=emphasis, negative=negative)
-    if len(reading.parts) == 1 and reading.parts[0].weight != 1:
-        # AND alone has use for a weight of the whole: "a clock at 7:30" means the time.
-        reading = read(text, syntax, steps=steps, emphasis=emphasis, negative=True)
-    return _words(reading, " " if syntax == "compel" else ""), reading
-
-
-def is_marked(reading: Reading) -> bool:
-    """Return whether a prompt has more than one text, weights, or changes from step to step."""
-    stages = [stage for part in reading.parts for stage in part.stages]
-    blends = stages[0].blends
-    several = max(len(stages), len(blends), *(len(one) for one in _texts(stages[0])))
-    several = max(several, *(len(blend.texts) for blend in blends))
-    weights = {piece.weight for piece in stages[0].pieces} | {blend.weight for blend in blends}
-    return several > 1 or weights != {1}
-
-
-def _readings(model: Model, request: Request) -> dict[str, tuple[str, Reading]]:
-    """Return the words and the reading of each text to encode, in the order of `texts_of`."""
-    names = ["prompt"]
-    if request.guidance_scale > 1 and not model.family.takes_guidance(model):
-        names.insert(0, "negative_prompt")
-    steps = model.family.steps_taken(request)
-    return {
-        name: read_whole(
-            getattr(request, name),
-            request.prompt_syntax,
-            request.emphasis,
-            steps=steps,
-            negative=name == "negative_prompt",
-        )
-        for name in names
-    }
-
-
-def _words(reading: Reading, between: str) -> str:
-    """Return the words of a prompt at its first step, without weights.
-
-    between: stands between the pieces. compel's have no blanks at their ends, others keep theirs.
-    """
-    texts = _texts(reading.parts[0].stages[0])
-    return " ".join(
-        between.join(piece.text for piece in section) for sections in texts for section in sections
-    )
-
-
-def _texts(stage: Stage) -> list[tuple[tuple[Piece, ...], ...]]:
-    return [text for blend in stage.blends for text in blend.texts]
 
 
 def _joined(read: list[Conditioning]) -> Conditioning:

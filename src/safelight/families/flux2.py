@@ -31,6 +31,8 @@ from safelight.families.flow_files import (
     Published,
     flux2_is_dev,
 )
+from safelight.families.references import AREA, within
+from safelight.request_pictures import MAX_REFERENCES
 from safelight.weights.check import refusal
 from safelight.weights.names import vae_shape
 from safelight.weights.names_flux2_vae import flux2_vae_folder_name
@@ -60,6 +62,12 @@ DEV = (
 
 _SIDE = 1024
 """Width and height of the training pictures; no config of a folder holds it."""
+
+_CELL = 16
+"""Pixels of the side of a token."""
+
+_SHORT, _LONG = 64, 8
+"""Of a reference picture: the shortest side, and how many times as long the other may be."""
 
 _BEFORE = "<|im_start|>user\n"
 _AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -213,7 +221,7 @@ class Flux2(FlowFamily):
         return Conditioning(torch.cat(states, dim=-1).to(model.dtype))
 
     def velocity(self, model: Model, rows: Rows) -> Tensor:
-        return model.network(rows.x, rows.timestep, rows.tokens)
+        return model.network(rows.x, rows.timestep, rows.tokens, rows.references)
 
     def example(self, model: Model) -> Conditioning:
         import torch
@@ -223,6 +231,20 @@ class Flux2(FlowFamily):
         return Conditioning(tokens)
 
     # --- pictures and latents ----------------------------------------------------------------
+
+    @property
+    def references(self) -> int:
+        return MAX_REFERENCES
+
+    def reference_sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        return within(size, AREA, _CELL)
+
+    def reference_problem(self, size: tuple[int, int]) -> str:
+        # What diffusers' pipeline refuses.
+        short, long = sorted(size)
+        if short < _SHORT:
+            return f"sides must be at least {_SHORT}"
+        return f"one side may be at most {_LONG} times the other" if long > _LONG * short else ""
 
     def latent_shape(self, model: Model, size: tuple[int, int]) -> tuple[int, int, int, int]:
         *_, height, width = super().latent_shape(model, size)

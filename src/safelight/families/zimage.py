@@ -137,7 +137,7 @@ class ZImage(FlowFamily):
         net: Any = model.network
         return [block.attention.product for block in net.layers]
 
-    def places(self, picture: int, tokens: int) -> tuple[slice, slice]:
+    def places(self, picture: int, tokens: int, beside: int = 0) -> tuple[slice, slice]:
         from safelight.nets.zimage import MULTIPLE
 
         filled = -(-picture // MULTIPLE) * MULTIPLE

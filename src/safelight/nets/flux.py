@@ -7,8 +7,9 @@ and feed-forward run side by side (arXiv:2302.05442).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +25,19 @@ from safelight.nets.joint import (
     bounded,
     check_sides,
     modulated,
+    sizes_of,
 )
 from safelight.nets.layers import Linear, as_map, as_tokens
-from safelight.nets.tokens import rotary_angles
+from safelight.nets.tokens import places, rotary_angles
 
 PATCH = 2
 """The side of the patch that a token stands for. diffusers packs in its pipeline, so no config
 holds it."""
 
 _THETA = 10000.0
+
+_APART = 1
+"""The step between the numbers of a picture and of the one that Kontext edits."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class FluxTransformer2DModel(nn.Module):
         )
         self.norm_out = FinalNorm(width)
         self.proj_out = Linear(width, config.out_channels or config.in_channels)
-        self._kept: tuple[tuple[int, int, int, torch.device], Tensor] | None = None
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
 
     def forward(
         self,
@@ -125,41 +130,44 @@ class FluxTransformer2DModel(nn.Module):
         context: Tensor,
         pooled: Tensor,
         guidance: Tensor | None = None,
+        references: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return the predicted velocity, [batch, out_channels/4, h, w].
 
         x: noisy latents [batch, in_channels/4, h, w]. timestep: [batch], 0 to 1000. context: states
         of the texts' tokens, [batch, n, joint_attention_dim]. pooled: pooled states of the texts,
         [batch, pooled_projection_dim]. guidance: [batch], the scale for a network with
-        guidance_embeds; others do not read it.
+        guidance_embeds; others do not read it. references: clean latents of the pictures to edit,
+        which Kontext reads, each [batch, in_channels/4, any, any].
 
-        Raises SafelightError if h or w is odd, or if a guidance is needed and not given.
+        Raises SafelightError if a side is odd, or if a guidance is needed and not given.
         """
-        check_sides(x, PATCH)
-        patches = F.pixel_unshuffle(x, PATCH)
+        for one in (x, *references):
+            check_sides(one, PATCH)
+        patches, *others = (F.pixel_unshuffle(one, PATCH) for one in (x, *references))
+        shown = [patches, *others]
         n, (h, w) = context.shape[1], patches.shape[-2:]
         temb = self.time_text_embed(timestep, pooled, guidance)
-        angles = self._angles(n, h, w, x.device)
-        tokens, context = self.x_embedder(as_tokens(patches)), self.context_embedder(context)
+        angles = self._angles(n, sizes_of(shown), x.device)
+        tokens = self.x_embedder(torch.cat([as_tokens(one) for one in shown], dim=1))
+        context = self.context_embedder(context)
         for block in self.transformer_blocks:
             tokens, context = block(tokens, context, temb, angles)
         tokens = torch.cat([context, tokens], dim=1)
         for block in self.single_transformer_blocks:
             tokens = block(tokens, temb, angles)
-        out = self.proj_out(self.norm_out(tokens[:, n:], temb))
+        out = self.proj_out(self.norm_out(tokens[:, n : n + h * w], temb))
         return F.pixel_shuffle(as_map(out, patches), PATCH)
 
-    def _angles(self, n: int, h: int, w: int, device: torch.device) -> Tensor:
-        """Return the rotary angles of n text tokens and h×w patches, [n + h·w, d/2].
+    def _angles(self, n: int, sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+        """Return the rotary angles of n text tokens and pictures of some sizes, [tokens, d/2].
 
         Those of the last call are kept, because all steps of a picture have the same.
         """
-        key = (n, h, w, device)
+        key = (n, sizes, device)
         if self._kept is None or self._kept[0] != key:
-            row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-            picture = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
             # Text has no place. float64 is computed on the CPU, because some devices have none.
-            positions = torch.cat([torch.zeros(n, 3, dtype=picture.dtype), picture])
+            positions = torch.cat([torch.zeros(n, 3, device="cpu"), places(sizes, _APART)])
             angles = rotary_angles(positions, self.config.axes_dims_rope, _THETA)
             self._kept = key, angles.to(device)
         return self._kept[1]

@@ -7,6 +7,7 @@ once, and shared by all blocks of a kind.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from safelight.nets.joint import (
     Modulation,
     bounded,
     modulated,
+    sizes_of,
 )
 from safelight.nets.layers import (
     Linear,
@@ -31,7 +33,17 @@ from safelight.nets.layers import (
     as_tokens,
     timestep_embedding,
 )
-from safelight.nets.tokens import Product, RMSNorm, rotary_angles, rotate_pairs, split_heads
+from safelight.nets.tokens import (
+    Product,
+    RMSNorm,
+    places,
+    rotary_angles,
+    rotate_pairs,
+    split_heads,
+)
+
+_APART = 10
+"""The step between the numbers of a picture and of those that it refers to."""
 
 Numbers = tuple[Tensor, ...]
 """Shift, scale and gate of each step of a block, each [batch, 1, dim]."""
@@ -196,39 +208,42 @@ class Flux2Transformer2DModel(nn.Module):
         self.proj_out = Linear(width, config.out_channels or config.in_channels, bias=False)
         self._kept: tuple[tuple[Any, ...], Tensor] | None = None
 
-    def forward(self, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Tensor, references: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Return the predicted velocity, [batch, out_channels, h, w].
 
         x: noisy latents [batch, in_channels, h, w], each of which is a token. timestep: [batch],
         0 to 1000. context: states of the texts' tokens, [batch, n, joint_attention_dim].
+        references: clean latents of the pictures to refer to, each [batch, in_channels, any, any].
         """
         n, (h, w) = context.shape[1], x.shape[-2:]
         temb = self.time_guidance_embed(timestep, x.dtype)
         for_picture = self.double_stream_modulation_img(temb)
         for_text = self.double_stream_modulation_txt(temb)
         for_both = self.single_stream_modulation(temb)
-        angles = self._angles(n, h, w, x.device)
-        tokens, context = self.x_embedder(as_tokens(x)), self.context_embedder(context)
+        shown = [x, *references]
+        angles = self._angles(n, sizes_of(shown), x.device)
+        tokens = self.x_embedder(torch.cat([as_tokens(one) for one in shown], dim=1))
+        context = self.context_embedder(context)
         for block in self.transformer_blocks:
             tokens, context = block(tokens, context, for_picture, for_text, angles)
         tokens = torch.cat([context, tokens], dim=1)
         for block in self.single_transformer_blocks:
             tokens = block(tokens, for_both, angles)
-        return as_map(self.proj_out(self.norm_out(tokens[:, n:], temb)), x)
+        return as_map(self.proj_out(self.norm_out(tokens[:, n : n + h * w], temb)), x)
 
-    def _angles(self, n: int, h: int, w: int, device: torch.device) -> Tensor:
-        """Return the rotary angles of n text tokens and h×w latents, [n + h·w, d/2].
+    def _angles(self, n: int, sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+        """Return the rotary angles of n text tokens and pictures of some sizes, [tokens, d/2].
 
         Those of the last call are kept, because all steps of a picture have the same.
         """
-        key = (n, h, w, device)
+        key = (n, sizes, device)
         if self._kept is None or self._kept[0] != key:
-            # float64 is computed on the CPU, because some devices have none.
-            positions = torch.zeros(n + h * w, 4, device="cpu")
+            pictures = places(sizes, _APART)
+            positions = torch.zeros(n + len(pictures), 4, device="cpu")
             positions[:n, 3] = torch.arange(n, device="cpu")
-            places = positions[n:].view(h, w, 4)
-            places[..., 1] = torch.arange(h, device="cpu")[:, None]
-            places[..., 2] = torch.arange(w, device="cpu")
+            positions[n:, :3] = pictures
             cfg = self.config
             angles = rotary_angles(positions, cfg.axes_dims_rope, cfg.rope_theta)
             self._kept = key, angles.to(device)

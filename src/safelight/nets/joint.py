@@ -7,6 +7,8 @@ Picture and text have weights of their own, and attend to both together (arXiv:2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +35,11 @@ def check_sides(x: Tensor, patch: int) -> None:
             f"latents of {w}×{h} do not divide into patches of {patch}×{patch}: "
             f"both sides should be multiples of {patch}"
         )
+
+
+def sizes_of(pictures: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Return height and width of each picture's tokens, which are maps [batch, channels, h, w]."""
+    return tuple((one.shape[-2], one.shape[-1]) for one in pictures)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

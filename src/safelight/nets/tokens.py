@@ -57,6 +57,21 @@ def rotary_angles(positions: Tensor, axes: Sequence[int], theta: float) -> Tenso
     return torch.cat(angles, dim=-1).float().to(positions.device)
 
 
+def places(sizes: Sequence[tuple[int, int]], apart: int) -> Tensor:
+    """Return number, row and column of each token of several pictures, float32 [tokens, 3].
+
+    sizes: height and width of each in tokens. apart: the step between the pictures' numbers, the
+    first of which is 0. On the CPU, as `rotary_angles` computes there.
+    """
+    found = []
+    for i, (h, w) in enumerate(sizes):
+        one = torch.full((h, w, 3), float(apart * i), device="cpu")
+        one[..., 1] = torch.arange(h, device="cpu")[:, None]
+        one[..., 2] = torch.arange(w, device="cpu")
+        found.append(one.flatten(0, 1))
+    return torch.cat(found)
+
+
 def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
     """Return x with each pair of adjacent numbers turned by an angle, in the precision of x.
 

@@ -6,14 +6,17 @@ import asyncio
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from typing import Any
 
 from fastapi import Request as HttpRequest
+from PIL.Image import Image
 from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
+from safelight.request_pictures import REFERENCES, check_area
 from safelight.server.caged import MAX_JSON, PICTURE, from_base64
 from safelight.server.callers import caller_of
 from safelight.server.decoding import Decoders
@@ -246,6 +249,20 @@ async def decoded(
         text = str(error)
         text = f"the {name}: {text}" if text.startswith("it ") else text
         raise SafelightError(text, code=error.code, field=name) from None
+
+
+async def decoded_references(
+    http: HttpRequest, sent: Sequence[list[bytes]], name: str = REFERENCES
+) -> tuple[Image, ...]:
+    """Return reference pictures, decoded one after another. sent: the bytes of each.
+
+    name: what errors call them. Raises SafelightError if they are too large together.
+    """
+    found: list[Image] = []
+    for data in sent:
+        found.append(await decoded(http, "picture", data, name))
+        check_area(found)
+    return tuple(found)
 
 
 def _too_long(limit: int) -> RefusedError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from safelight.errors import SafelightError
+from safelight.families.references import pixels_read, size_to_draw
 from safelight.hires import about_second_pass, final_size, of_second_pass
 from safelight.request import Request
 from safelight.sampling import SAMPLERS, check
@@ -58,18 +59,21 @@ def pixel_steps(
     A picture that is given counts at its own size, the size to draw once the request is `fitted`.
     A second pass counts at its size, with the steps that it takes. Where only the part around a
     mask is drawn, each pixel of the whole picture counts once beside it: the result is as large.
-    plan: the model's, None if it is not known.
+    Reference pictures are read at each step, and count as what is drawn does. plan: the model's,
+    None if it is not known.
     """
     return (_drawn(request, steps, native, plan) + _laid_back(request)) * request.count
 
 
 def _drawn(request: Request, steps: int, native: tuple[int, int], plan: Plan | None) -> int:
     """Return the pixels that the network draws for one picture, over all steps."""
-    width, height = native if request.sized_by is None else request.sized_by.size
+    own = (None if plan is None else size_to_draw(plan, request)) or native
+    width, height = own if request.sized_by is None else request.sized_by.size
     width, height = request.width or width, request.height or height
-    drawn = width * height * steps
+    beside = pixels_read(request)
+    drawn = (width * height + beside) * steps
     if second := _second_steps(request, steps, plan):
-        drawn += math.prod(final_size(request, native)) * second
+        drawn += (math.prod(final_size(request, native)) + beside) * second
     return drawn
 
 

@@ -26,6 +26,7 @@ from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
 from safelight.families import Family, family_of_folder
 from safelight.families.control import check_networks
+from safelight.families.references import check_references
 from safelight.hires import check_model
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
@@ -137,6 +138,7 @@ class Names:
         there = [name for name, given in beside.items() if given is not None]
         check_networks(reader.plan.name, asked, there)
         check_model(reader.plan, asked)
+        check_references(reader.plan, asked)
         for entry in loras:
             _check_made_for(entry, reader.plan)
         reader.check(request)

@@ -15,7 +15,7 @@ from safelight.engine.capacity import out_of_memory
 from safelight.engine.preview import decodes_previews
 from safelight.errors import SafelightError, StorageError
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import by_setting, stored_names
 from safelight.server.claims import Claim, LostError
 from safelight.server.held import FEWEST, JOBS, Held, bound, full
 from safelight.server.holder import Holder
@@ -242,7 +242,7 @@ class Worker(Holder):
         self._beginning = True
         try:
             pictures = self._stored(lambda: self._inputs(claim))
-            request = Request.from_dict(claim.settings, fitted=True, **pictures)
+            request = Request.from_dict(claim.settings, fitted=True, **by_setting(pictures))
             with self._spans.measured("encode", claim.id):
                 result = loaded.engine.add(request, claim.id, claim.done, claim.owner)
         except StorageError as error:
@@ -280,13 +280,13 @@ class Worker(Holder):
         return True
 
     def _inputs(self, claim: Claim) -> dict[str, Any]:
-        """Return a job's pictures, by their settings.
+        """Return a job's pictures, by the names that they are stored under.
 
         Pictures of it that another worker wrote without a row are removed first.
         """
         if claim.left:
             self._files.remove_pictures(claim.left)
-        names = (name for name in PICTURES if f"{name}_sha256" in claim.settings)
+        names = stored_names(claim.settings)
         return {name: self._files.input(claim.id, name) for name in names}
 
     # --- drawing ---------------------------------------------------------------------------------

@@ -13,12 +13,16 @@ import numpy as np
 from PIL import Image
 
 from safelight.errors import SafelightError
+from safelight.request_pictures import MAX_REFERENCES, check_area
 from safelight.server.bodies import MAX_BODY
 from safelight.server.decoding import Decoders
 from safelight.studio.suits import Suits
 
 EDITORS = 3
 """The editors of the form: of the picture to start from, the control image and the prompt."""
+
+_REFERRED = -2 * EDITORS - 1
+"""The place of the reference pictures among the fields: before the editors."""
 
 MAX_LAYERS = 4
 """Layers of an editor's picture: each is held decoded. Ours has one."""
@@ -51,11 +55,27 @@ def editor(name: str, label: str) -> gr.ImageEditor:
     )
 
 
+def references() -> gr.Gallery:
+    """Return the gallery of the reference pictures, which takes several."""
+    return gr.Gallery(
+        label="Pictures to edit",
+        format="png",
+        file_types=["image"],
+        columns=4,
+        height=240,
+        object_fit="contain",
+        interactive=True,
+        buttons=[],
+        sources=["upload", "clipboard"],
+        elem_id="references",
+    )
+
+
 def turn(
     values: Sequence[Any], decoders: Decoders, client: str
 ) -> AbstractAsyncContextManager[None]:
     """Return the client's turn to hold the editors' decoded pictures; none without a picture."""
-    empty = not any(map(_filled, values[-2 * EDITORS :: 2]))
+    empty = not any(map(_filled, values[-2 * EDITORS :: 2])) and not files_of(values[_REFERRED])
     return nullcontext() if empty else decoders.handling.turn(client)
 
 
@@ -71,10 +91,20 @@ async def read_easels(
 
     An editor's value is replaced by its background (RGB and alpha channel) and a list of its
     layers' alpha channels, or by None without a background. suits: of the model that is to draw;
-    without a ControlNet, the control image is not read, nor the prompt's without an IP-Adapter.
+    without a ControlNet, the control image is not read, nor the prompt's without an IP-Adapter. The
+    reference pictures become a tuple; it is empty if the model does not edit.
     client: who asks. Raises SafelightError.
     """
     found = [*values]
+    paths = files_of(values[_REFERRED]) if suits.edits else []
+    if len(paths) > MAX_REFERENCES:
+        raise SafelightError(f"of pictures to edit there may be {MAX_REFERENCES}, not {len(paths)}")
+    referred: list[Image.Image] = []
+    for path in paths:
+        name = "the picture to edit"
+        referred.append(await read_file(decoders, "picture", path, client, name))
+        check_area(referred)
+    found[_REFERRED] = tuple(referred)
     for place, name, read in (
         (-6, "the picture", True),
         (-4, "the control image", suits.guided),
@@ -82,6 +112,12 @@ async def read_easels(
     ):
         found[place] = await _read(found[place] if read else None, decoders, client, name)
     return found
+
+
+def files_of(pictures: Any) -> list[str]:
+    """Return the paths of the pictures in a gallery, as Gradio's data of it names them."""
+    shown = (getattr(one, "image", None) for one in getattr(pictures, "root", None) or ())
+    return [one.path for one in shown if one is not None and one.path]
 
 
 async def _read(picture: Any, decoders: Decoders, client: str, name: str) -> Any:

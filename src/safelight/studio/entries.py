@@ -7,7 +7,7 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import ALL, REFERENCES, digest_key
 from safelight.sampling import SAMPLERS
 from safelight.settings import Setting, settings_of
 from safelight.sizes import own_size
@@ -30,7 +30,7 @@ WORDS = (
 """The settings that say what a prompt means; `words.js` adds choosers to their fields."""
 
 
-_DIGESTS = tuple(f"{name}_sha256" for name in PICTURES)
+_DIGESTS = tuple(digest_key(name) for name in ALL)
 
 
 def further_settings(request_type: type[Request]) -> list[Setting]:
@@ -61,8 +61,9 @@ def request(
 ) -> Request:
     """Return the Request of the form's values. Settings that the model does not read are left out.
 
-    rest: the values of `Form.further`, the editor's picture (as `read_easel` returns it), how often
-    it is enlarged, and both of the control image and of the prompt's picture. suits: of the model
+    rest: the values of `Form.further`, the reference pictures and the editor's picture (as
+    `read_easels` returns them), how often it is enlarged, and both of the control image and of the
+    prompt's picture. suits: of the model
     that is to draw.
 
     Without width and height, the picture to start from or, without one, the control image is
@@ -85,7 +86,7 @@ def request(
         "spacing": None if spacing == OWN else spacing,
         "eta": eta,
     }
-    *more, picture, enlarged, control, control_enlarged, prompted, prompt_enlarged = rest
+    *more, referred, picture, enlarged, control, control_enlarged, prompted, prompt_enlarged = rest
     image, mask = painted(picture, enlarged)
     guide = painted(control, control_enlarged)[0] if suits.guided else None
     prompting = painted(prompted, prompt_enlarged)[0] if suits.prompted else None
@@ -96,12 +97,12 @@ def request(
         settings |= _entered(setting, value)
     sized = guide if image is None else image
     if not suits.uses_prompt:
-        if prompt or negative_prompt or image is not None:
+        if prompt or negative_prompt or image is not None or referred:
             raise SafelightError(
                 "this model takes no prompt: leave both prompts and the picture empty"
             )
         settings["unconditional"] = True
-    elif empty(prompt) and sized is None and prompting is None:
+    elif empty(prompt) and sized is None and prompting is None and not referred:
         settings["prompt"] = EXAMPLE
     if image is not None:
         settings |= _entered(settings_of(Request)["strength"], strength)
@@ -109,7 +110,7 @@ def request(
         native = suits.size or SIZE
         near = own_size(sized.size, native)
         settings |= {"width": near[0], "height": near[1]}
-    others = {"control_image": guide, "ip_adapter_image": prompting}
+    others = {"control_image": guide, "ip_adapter_image": prompting, REFERENCES: referred or None}
     return Request(**settings).with_pictures(image, mask, **others)
 
 
@@ -168,6 +169,8 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
     if settings.get("ip_adapter_image_sha256") is not None and not suits.prompted:
         told.append("the prompt's picture needs an IP-Adapter, which this model does not have")
         known = {name: value for name, value in known.items() if name not in IP_ADAPTER}
+    if settings.get(digest_key(REFERENCES)) and not suits.edits:
+        told.append("this model edits no pictures: those of the recipe are left out")
     asked = Request(**known)
     for name, setting in settings_of(Request).items():
         if getattr(asked, name) != setting.default and not suits.has(setting):

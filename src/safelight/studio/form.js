@@ -64,6 +64,15 @@
     hand(input, file);
   }, true);
 
+  // Gradio's gallery has a button inside of one that does nothing: that one is taken away from
+  // those who use a screen reader or the keyboard.
+  new MutationObserver(() => {
+    for (const outer of document.querySelectorAll("#references button:not([role]):has(button)")) {
+      outer.setAttribute("role", "group");
+      outer.tabIndex = -1;
+    }
+  }).observe(document, {childList: true, subtree: true});
+
   // --- prompt and keys --------------------------------------------------------------------------
 
   // Gradio reloads the page when the server returns; the prompt is kept.

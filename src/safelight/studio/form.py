@@ -13,11 +13,12 @@ from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.hires import HIRES
 from safelight.region import INPAINTING
 from safelight.request import MAX_PROMPT, Request
-from safelight.request_fields import PICTURES, draw_seed
+from safelight.request_basics import draw_seed
+from safelight.request_pictures import PICTURES
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES, SPACINGS
 from safelight.settings import Setting, settings_of
-from safelight.studio.easel import editor
+from safelight.studio.easel import editor, references
 from safelight.studio.entries import OWN, WORDS, further_settings, steps_of
 from safelight.studio.parts import plain, problem, status
 from safelight.studio.suits import Suits
@@ -166,6 +167,14 @@ class Form:
             self.picture = editor("easel", "Picture and mask")
             self.strength = field_of(settings_of(request_type)["strength"], None, suits)
             made |= self._made(settings, [n for n in INPAINTING if n in settings], first, suits)
+        with gr.Accordion(
+            "Edit pictures", open=False, elem_id="editing", **self.editing(suits)
+        ) as self.edit:
+            gr.HTML(
+                "<p>Drop one or more pictures. The prompt says what becomes different, or what "
+                "comes from which picture.</p>"
+            )
+            self.references = references()
         with gr.Accordion(open=False, elem_id="guide", **self.guiding(suits)) as self.guide:
             gr.HTML(
                 "<p>Drop edges, a depth map or a pose, whichever the ControlNet reads. It holds "
@@ -184,7 +193,7 @@ class Form:
             made |= self._made(settings, [n for n in IP_ADAPTER if n in settings], first, suits)
         self.further = [made[name] for name in settings]
         self.adapted = [
-            *(self.sampler, self.guide, self.second_pass, self.prompted),
+            *(self.sampler, self.edit, self.guide, self.second_pass, self.prompted),
             *(self.prompt, self.width, self.height),
             *(made[setting.name] for setting in self._partly),
         ]
@@ -205,6 +214,7 @@ class Form:
         own = {name: {"value": getattr(first, name)} for name in OPTIONAL}
         return [
             {"choices": sampler_choices(suits), "value": first.sampler},
+            self.editing(suits),
             self.guiding(suits),
             {"visible": not suits.fixed_size},
             self.prompting(suits),
@@ -212,6 +222,11 @@ class Form:
             *({"info": suits.side(place), **shown} for place in (0, 1)),
             *({"visible": suits.has(s), **own.get(s.name, {})} for s in self._partly),
         ]
+
+    @staticmethod
+    def editing(suits: Suits) -> dict[str, Any]:
+        """Return how the section of the reference pictures looks for a model."""
+        return {"visible": suits.edits}
 
     @staticmethod
     def guiding(suits: Suits) -> dict[str, Any]:
@@ -275,6 +290,7 @@ class Form:
             self.eta,
             self.strength,
             *self.further,
+            self.references,
             *self.easel,
             *self.control_easel,
             *self.prompt_easel,

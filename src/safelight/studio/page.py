@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ from PIL import Image
 
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
-from safelight.request_fields import PICTURES, draw_seed
+from safelight.request_basics import draw_seed
+from safelight.request_pictures import (
+    ALL,
+    PICTURES,
+    REFERENCES,
+    by_setting,
+    digest_key,
+    stored_names,
+)
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.studio import easel, entries
@@ -75,8 +83,16 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             with gr.Tab("Train", id="train") as training:
                 train = Train(hub)
 
-        settled = [tabs, model, form.problem, form.keep, form.change, form.guide, form.prompted]
-        settled += [form.words, inside.steps, *form.fields]
+        settled = [tabs, model, form.problem, form.keep]
+        settled += [
+            form.change,
+            form.edit,
+            form.guide,
+            form.prompted,
+            form.words,
+            inside.steps,
+            *form.fields,
+        ]
 
         async def settle(
             settings: dict[str, Any],
@@ -85,6 +101,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             mask: Image.Image | None = None,
             control: Image.Image | None = None,
             prompting: Image.Image | None = None,
+            references: Sequence[Image.Image] = (),
         ) -> list[Any]:
             """Return updates that fill the form with a recipe, and say what cannot be used.
 
@@ -98,20 +115,25 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             prompted = suits.prompted and settings.get("ip_adapter_image_sha256") is not None
             if prompting is None and prompted:
                 told.insert(0, "the picture of the prompt is not stored: add it below")
+            edited = suits.edits and bool(settings.get(digest_key(REFERENCES)))
+            if edited and not references:
+                told.insert(0, "the pictures to edit are not stored: add them below")
             # Of a picture to start from, AUTOMATIC1111's text has the strength alone.
             started = any(settings.get(n) is not None for n in ("image_sha256", "strength"))
             if image is None and started:
                 told.insert(0, "the picture to start from is not stored: add it below")
             guide: dict[str, Any] = form.guiding(suits) | ({"open": True} if guided else {})
             shown: dict[str, Any] = form.prompting(suits) | ({"open": True} if prompted else {})
+            edit: dict[str, Any] = form.editing(suits) | ({"open": True} if edited else {})
             easels = *easel.on_easel(image, mask), *easel.on_easel(control)
-            easels = *easels, *easel.on_easel(prompting)
+            easels = [*references] if edited else None, *easels, *easel.on_easel(prompting)
             return [
                 gr.Tabs(selected="make"),
                 name,
                 f"Not used from this recipe: {'; '.join(told)}" if told else "",
                 True,
                 gr.Accordion(open=True) if started else gr.skip(),
+                gr.update(**edit),
                 gr.update(**guide),
                 gr.update(**shown),
                 gr.Accordion(open=True) if entries.says_more(settings) else gr.skip(),
@@ -131,7 +153,12 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
         async def recall(now: str, event: gr.EventData, by: gr.Request) -> list[Any]:
             """Fill the form with all settings of a picture, its model and what it started from."""
             job, picture = await _picture(hub, event, by)
-            start = [await _stored(decoders, by, hub.files.input, job.id, n) for n in PICTURES]
+            found = {
+                name: await _stored(decoders, by, hub.files.input, job.id, name)
+                for name in (*PICTURES, *stored_names(job.settings))
+            }
+            start = [found[name] for name in PICTURES]
+            start.append(by_setting(found).get(REFERENCES, ()))
             try:
                 name = await hub.find_model(job.model)
                 return await settle(picture.recipe["settings"], name, *start)
@@ -158,6 +185,12 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             _, image = await opened(event, by)
             return [gr.Tabs(selected="make"), gr.Accordion(open=True), *easel.on_easel(image)]
 
+        async def edit(given: Any, event: gr.EventData, by: gr.Request) -> list[Any]:
+            """Add a picture to those that are to be edited."""
+            _, image = await opened(event, by)
+            pictures = [*easel.files_of(given), image]
+            return [gr.Tabs(selected="make"), gr.Accordion(open=True), pictures]
+
         async def opened(event: gr.EventData, by: gr.Request) -> tuple[Any, Image.Image]:
             """Return the picture that an event names, and what it shows."""
             _, picture = await _picture(hub, event, by)
@@ -177,10 +210,15 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             prompt = settings.pop("prompt", "")
             settings.pop("count", None)
             with tempfile.TemporaryDirectory() as folder:
-                for name in PICTURES:
-                    if settings.pop(f"{name}_sha256", None) is not None:
-                        where = hub.files.input_path, job.id, name, Path(folder)
-                        settings[name] = await _stored(decoders, by, *where)
+                paths = {
+                    name: await _stored(
+                        decoders, by, hub.files.input_path, job.id, name, Path(folder)
+                    )
+                    for name in stored_names(settings)
+                }
+                for name in ALL:
+                    settings.pop(digest_key(name), None)
+                settings |= by_setting(paths)
                 async for update in inside.show(prompt, settings, job.model, by):
                     yield [gr.Tabs(selected="inside"), *update]
 
@@ -199,6 +237,8 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             shown.recall(recall, model, settled, **quiet)
             used = [tabs, form.change, form.prompt, form.width, form.height, *form.easel]
             shown.use(use, None, used, **quiet)
+            edited = [tabs, form.edit, form.references]
+            shown.edit(edit, form.references, edited, **quiet)
             shown.guide(read_alone, None, [tabs, form.guide, *form.control_easel], **quiet)
             shown.prompt(read_alone, None, [tabs, form.prompted, *form.prompt_easel], **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)

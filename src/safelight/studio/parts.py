@@ -26,9 +26,8 @@ HEAD = "".join(f"<script>{script}</script>" for script in _SCRIPTS)
 STYLE = (_HERE / "studio.css").read_text("utf-8")
 
 # Each name in quotes is an event that Python can listen to; `event.id` is the picture's id.
-_CALL = (
-    "safelight.%s(element, {trigger, watch, props}, ['use', 'guide', 'prompt', 'recall', 'inside'])"
-)
+_EVENTS = "['use', 'edit', 'guide', 'prompt', 'recall', 'inside']"
+_CALL = f"safelight.%s(element, {{trigger, watch, props}}, {_EVENTS})"
 _CHOOSE = "safelight.model(element, {trigger, watch, props}, ['choose'])"
 
 

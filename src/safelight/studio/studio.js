@@ -108,7 +108,9 @@ const safelight = (() => {
         make("h2", {textContent: words(job)}),
         make("div", {className: "actions"},
           act("Use this one", "use"),
-          // The sections are on the page if the chosen model has a ControlNet, or an IP-Adapter.
+          // The sections are on the page if the chosen model edits, or has a ControlNet or an
+          // IP-Adapter.
+          ...document.getElementById("editing") ? [act("Edit this one", "edit")] : [],
           ...document.getElementById("guide") ? [act("Guide by this one", "guide")] : [],
           ...document.getElementById("prompting") ? [act("Prompt with this one", "prompt")] : [],
           act("All its settings", "recall"), act("Look inside", "inside"),

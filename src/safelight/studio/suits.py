@@ -11,6 +11,7 @@ from safelight.defaults import with_level
 from safelight.errors import SafelightError
 from safelight.hires import HIRES
 from safelight.request import Request
+from safelight.request_pictures import REFERENCES
 from safelight.sampling import SAMPLERS
 from safelight.server.hub import Hub
 from safelight.server.names import Names
@@ -93,6 +94,12 @@ class Suits:
     def prompted(self) -> bool:
         """Whether the model has an IP-Adapter, or may have one as it is not known here."""
         return self.has(settings_of(Request)["ip_adapter_image"])
+
+    @property
+    def edits(self) -> bool:
+        """Whether the model edits reference pictures, or may do so as it is not known here."""
+        taught = self.plan is None or self.plan.family.edits
+        return taught and self.has(settings_of(Request)[REFERENCES])
 
     def side(self, place: int) -> str:
         """Return the hint below the field of width (0) or height (1)."""

@@ -310,7 +310,7 @@ def _told(
             f"{shown} does not say which {family.title} it is, and is drawn as {mine.name}; "
             "another has it in its name, or a folder as --parts"
         ]
-        return mine, named[1], warnings if lenders and not is_named else []
+        return mine, named[1], warnings if lenders and not (is_named or family.usual) else []
     lent = folder.folder.index, folder.scheduler or scheduler
     theirs = family.variant(configs, *lent)
     if not is_named or theirs.name == mine.name:

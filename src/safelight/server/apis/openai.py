@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -34,6 +35,7 @@ from safelight.server.apis.openai_shapes import (
     ImagesBody,
     about,
     body_of,
+    check_files,
     edit_request,
     encoded,
     failed,
@@ -42,7 +44,7 @@ from safelight.server.apis.openai_shapes import (
     read_settings,
     refused,
 )
-from safelight.server.bodies import decoded, read_json, turn
+from safelight.server.bodies import decoded, decoded_references, read_json, turn
 from safelight.server.callers import caller_of, hub_of
 from safelight.server.disconnects import attended
 from safelight.server.hub import Hub
@@ -241,19 +243,34 @@ async def generate(http: HttpRequest) -> Response:
     "/images/edits", openapi_extra=body_of(Request, "multipart/form-data", "image", "mask")
 )
 async def edit(http: HttpRequest) -> Response:
-    """Redraw a picture: all of it, or where the mask, or the picture itself, is transparent."""
+    """Redraw a picture: all of it, or where the mask, or the picture itself, is transparent.
+
+    A model that edits by reference pictures takes several.
+    """
     body, settings, files = await read_form(http)
     model = await _model_of(http, body)
     _check_form(body)
+    hub = hub_of(http)
+    plan = await hub.plan(model)
+    family = None if plan is None else plan.family
+    check_files(files, family, await hub.find_model(model))
     separate = "mask" in files
     async with turn(http):
+        alpha = None
         if separate:  # the mask first: while it waits, it takes less memory
-            alpha = await decoded(http, "alpha", [files.pop("mask")], "mask")
-            read = [await decoded(http, "picture", [files.pop("image")], "image"), alpha]
+            alpha = await decoded(http, "alpha", files["mask"][0], "mask")
+        first, *others = files.pop("image")
+        if separate:
+            pictures = [await decoded(http, "picture", first, "image")]
         else:
-            read = [*await decoded(http, "with_alpha", [files.pop("image")], "image")]
-        request = await asyncio.to_thread(edit_request, settings, *read, separate=separate)
-        read.clear()
+            picture, alpha = await decoded(http, "with_alpha", first, "image")
+            pictures = [picture]
+            del picture
+        pictures += await decoded_references(http, others, "image")
+        how = {"separate": separate, "family": family}
+        request = await asyncio.to_thread(partial(edit_request, **how), settings, pictures, alpha)
+        pictures.clear()
+        del alpha
         call = await _submitted(http, body, request, model)
         del request  # so that it is not held while the job waits
     return await _answer(call, "image_edit")

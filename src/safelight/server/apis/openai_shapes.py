@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import Request as HttpRequest
 from PIL import Image
@@ -14,12 +15,15 @@ from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.picture import encode
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import ALL, MAX_REFERENCES
 from safelight.server.bodies import MAX_BODY
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
 from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
+
+if TYPE_CHECKING:
+    from safelight.families import Family
 
 # --- what is asked for ---------------------------------------------------------------------------
 
@@ -81,7 +85,7 @@ _THEIRS = {"width": "size", "height": "size", "count": "n"}
 
 def own_settings(request_type: type[Request]) -> dict[str, Setting]:
     """Return the settings of a Request that a body may have as further fields."""
-    left_out = {"prompt", *PICTURES, *CONTROL, *IP_ADAPTER, "unconditional", *_THEIRS}
+    left_out = {"prompt", *ALL, *CONTROL, *IP_ADAPTER, "unconditional", *_THEIRS}
     return {n: s for n, s in settings_of(request_type).items() if n not in left_out}
 
 
@@ -120,13 +124,17 @@ def read_settings(fields: dict[str, Any], *, text: bool) -> tuple[ImagesBody, di
     return body, settings
 
 
-async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], dict[str, bytes]]:
-    """Return OpenAI's fields, the settings, and the files of a form: an image, and maybe a mask."""
+Files = dict[str, list[list[bytes]]]
+"""The files of a form by their names, each in a list that a decoder empties."""
+
+
+async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], Files]:
+    """Return OpenAI's fields, the settings, and the files of a form: images, and maybe a mask."""
     if not http.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "the body must be multipart/form-data, with the picture in it")
     fields: dict[str, Any] = {}
     own = own_settings(Request)
-    files: dict[str, bytes] = {}
+    files: Files = {}
     # Room for a picture that is sent as text: its error then says what is wrong with it.
     form = http.form(max_files=32, max_fields=64, max_part_size=MAX_BODY)
     async with form as parts:
@@ -144,34 +152,67 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], dict
                     fields[name] = value
             elif isinstance(value, str):
                 raise ApiError(400, f"{plain} must be uploaded: no address is fetched", plain)
-            elif plain in files:
-                raise ApiError(400, f"{plain} must be one picture, not several", plain)
+            elif len(files.get(plain, ())) == (MAX_REFERENCES if plain == "image" else 1):
+                raise ApiError(400, f"{plain} must be {_MOST[plain]}, not more", plain)
             else:
-                files[plain] = await value.read()
+                files.setdefault(plain, []).append([await value.read()])
     body, settings = read_settings(fields, text=True)
     if "image" not in files:
         raise ApiError(400, "image is needed: a PNG, JPEG or WebP picture", "image")
     return body, settings, files
 
 
+_MOST = {"image": f"at most {MAX_REFERENCES} pictures", "mask": "one picture"}
+
+
+def check_files(files: Files, family: Family | None, model: str) -> None:
+    """Raise ApiError for more pictures than a model reads. family: None if it is not known."""
+    several = len(files["image"])
+    if family is None or several == 1 or family.references >= several:
+        return
+    if family.references == 0:
+        told = f"one picture, not several: {model} reads no reference pictures"
+    else:
+        told = f"one picture, and at most {family.references} with a mask, for {model}"
+        if "mask" in files and several - 1 <= family.references:
+            return
+    raise ApiError(400, f"image must be {told}", "image")
+
+
 def edit_request(
-    settings: dict[str, Any], picture: Image.Image, alpha: Image.Image | None, *, separate: bool
+    settings: dict[str, Any],
+    pictures: Sequence[Image.Image],
+    alpha: Image.Image | None,
+    *,
+    separate: bool,
+    family: Family | None = None,
 ) -> Request:
     """Return the request to edit a picture. It looks at the alpha channel: call it in a thread.
 
-    alpha: of the mask, or if none was sent (`separate` false), of the picture; fully transparent
-    pixels are repainted. Without a requested size, the picture keeps its own size, or gets the
-    nearest allowed size of the same proportions.
+    pictures: the one to edit, and references. alpha: of the mask, or if none was sent (`separate`
+    false), of the picture; fully transparent pixels are repainted. family: of the model, None if it
+    is not known. A model that edits by references gets all pictures as such, unless some of the
+    first is to be repainted, or a strength says how much. Without a requested size, the picture
+    keeps its own size, or gets the nearest allowed size of the same proportions.
     """
+    picture, *others = pictures
     if separate and alpha is None:
         raise SafelightError("mask must have an alpha channel: 0 where to repaint", field="mask")
     holes = None if alpha is None else alpha.point([255] + [0] * 255)
     if not separate and holes is not None and holes.getbbox() is None:
         holes = None
+    refers = others if family is None else family.edits
+    size = picture.size
+    if refers and holes is None and "strength" not in settings:
+        given: dict[str, Any] = {"reference_images": tuple(pictures)}
+        size = size if family is None else family.reference_size(size)
+    else:
+        given = {"image": picture, "mask": holes}
+        given |= {"reference_images": tuple(others)} if others else {}
     if "width" not in settings:
-        width, height = allowed_size(picture.size)
+        width, height = allowed_size(size)
         settings = {**settings, "width": width, "height": height}
-    return Request(**settings).with_pictures(picture, holes)
+    return Request(**settings).with_pictures(**given)
 
 
 # --- errors --------------------------------------------------------------------------------------

@@ -15,10 +15,17 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.request_fields import PICTURES
+from safelight.request_pictures import ALL, REFERENCES, changed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
-from safelight.server.bodies import check_json, decode_base64, decoded, read_json, turn
+from safelight.server.bodies import (
+    check_json,
+    decode_base64,
+    decoded,
+    decoded_references,
+    read_json,
+    turn,
+)
 from safelight.server.callers import caller_of, hub_of
 from safelight.server.hub import Hub
 from safelight.server.jobs import Event, Job, ModelInfo, Status, WorkerInfo
@@ -106,17 +113,22 @@ async def submit(
     webhook = settings.pop("webhook", None)
     if webhook is not None:
         webhook = check_url(webhook, private=hub_of(request).webhooks.private)
-    names = [name for name in PICTURES if name in settings]
-    async with turn(request) if names else nullcontext():
-        data = {name: [decode_base64(settings.pop(name), name)] for name in names}
-        asked = await asyncio.to_thread(lambda: Request(**settings))
-        kinds = {"mask": "mask"}
-        asked = asked.with_pictures(
-            **{
-                name: await decoded(request, kinds.get(name, "picture"), data[name], name)
-                for name in reversed(names)  # the mask before the image, as it is smaller
-            }
-        )
+    async with turn(request) if any(name in settings for name in ALL) else nullcontext():
+        sent = changed(settings, lambda name, text: [decode_base64(text, name)])
+        given = {name: value for name, value in settings.items() if name not in ALL}
+        del settings  # the pictures' texts
+        asked = await asyncio.to_thread(lambda: Request(**given))
+        pictures = dict[str, Any]()
+        for name in reversed(sent):  # the mask before the image, as it is smaller
+            kind = "mask" if name == "mask" else "picture"
+            several = name == REFERENCES
+            pictures[name] = (
+                await decoded_references(request, sent[name])
+                if several
+                else await decoded(request, kind, sent[name], name)
+            )
+        asked = asked.with_pictures(**pictures)
+        pictures.clear()
         return await hub_of(request).submit(
             asked,
             idempotency_key=idempotency_key,

@@ -25,8 +25,14 @@ from safelight.server.apis.sdapi_control import units_of
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_models import model_of
 from safelight.server.apis.sdapi_names import model_hash, sampler_label
-from safelight.server.apis.sdapi_shapes import describe, first_picture, fitted, understand
-from safelight.server.bodies import decode_base64, decoded, turn
+from safelight.server.apis.sdapi_shapes import (
+    describe,
+    first_picture,
+    fitted,
+    references_of,
+    understand,
+)
+from safelight.server.bodies import decode_base64, decoded, decoded_references, turn
 from safelight.server.callers import caller_of, hub_of
 from safelight.server.disconnects import attended
 from safelight.server.hub import Hub
@@ -113,7 +119,9 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     warnings += more
     if isinstance(body, ImageToImage):
         first_picture(body)
-    async with turn(http) if units or isinstance(body, ImageToImage) else nullcontext():
+    referred = references_of(body)
+    waits = units or referred or isinstance(body, ImageToImage)
+    async with turn(http) if waits else nullcontext():
         if isinstance(body, ImageToImage):
             sent = await _sent(http, body)
             asked = await asyncio.to_thread(understand, body, plan, sent)
@@ -128,6 +136,10 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
                 picture = await decoded(http, "picture", data, "controlnet", "controlnet's picture")
             guided = await asyncio.to_thread(unit.guided, asked.request, picture, native)
             asked = replace(asked, request=guided)
+        if referred:
+            several = asked.request.reference_images + await decoded_references(http, referred)
+            asked = replace(asked, request=asked.request.with_pictures(reference_images=several))
+            del several
         owner = caller_of(http.scope).owner
         job = await hub.submit(asked.request, client="sdapi", owner=owner, model=name)
         # Release the decoded pictures while the job waits.

@@ -20,6 +20,7 @@ from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
+from safelight.request_pictures import REFERENCES, changed
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.apis.sdapi_bodies import (
@@ -40,7 +41,7 @@ from safelight.server.apis.sdapi_names import (
     sampler_label,
     scheduler_label,
 )
-from safelight.server.bodies import attached
+from safelight.server.bodies import attached, decode_base64
 from safelight.server.sizes import enlarging_note, fit_to_model
 from safelight.settings import settings_of
 from safelight.sizes import MIN_SIDE, SIDE_STEP, allowed_size
@@ -69,10 +70,14 @@ def understand(
     request = Request(**settings)
     if isinstance(body, ImageToImage) and sent is not None:
         # The sides are checked by now: pictures get resized to them.
-        pictures, more = _pictures(body, request, sent)
-        shown = pictures.pop("image"), pictures.pop("mask")
-        request = request.replace(**pictures).with_pictures(*shown)
-        warnings += more
+        if plan is not None and plan.family.only_edits and sent.mask is None:
+            request = request.without("strength").with_pictures(reference_images=(sent.image,))
+            warnings.append(f"denoising_strength: {plan.name} edits as the prompt says, without it")
+        else:
+            pictures, more = _pictures(body, request, sent)
+            shown = pictures.pop("image"), pictures.pop("mask")
+            request = request.replace(**pictures).with_pictures(*shown)
+            warnings += more
     return Asked(request, None, warnings, _echo(body))
 
 
@@ -286,6 +291,12 @@ def first_picture(body: ImageToImage) -> str:
     return body.init_images[0]
 
 
+def references_of(body: TextToImage | ImageToImage) -> list[list[bytes]]:
+    """Return the further field reference_images of a body, each picture's bytes in a list."""
+    given = {name: v for name, v in (body.model_extra or {}).items() if name == REFERENCES and v}
+    return list(changed(given, lambda name, text: [decode_base64(text, name)]).get(REFERENCES, ()))
+
+
 def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[str, Any], list[str]]:
     """Return the settings image, mask, width and height, and warnings.
 
@@ -336,14 +347,15 @@ def _inpainting(body: ImageToImage) -> dict[str, Any]:
 
 def _echo(body: TextToImage | ImageToImage) -> dict[str, Any]:
     """Return the body with that API's defaults. NaN in fields that nobody reads becomes null."""
-    pictures = {"init_images", "mask"}
-    hidden = pictures if isinstance(body, ImageToImage) and not body.include_init_images else None
-    if hidden is None and isinstance(body, ImageToImage):
+    again = isinstance(body, ImageToImage) and body.include_init_images
+    hidden = {"init_images", "mask"} if isinstance(body, ImageToImage) and not again else set[str]()
+    hidden |= {REFERENCES} & (body.model_extra or {}).keys()
+    if again and isinstance(body, ImageToImage):
         body = body.model_copy(update={"init_images": [_again(one) for one in body.init_images]})
         body = body.model_copy(update={"mask": body.mask and _again(body.mask)})
     body = body.model_copy(update={"alwayson_scripts": without_pictures(body.alwayson_scripts)})
     try:
-        return json.loads(body.model_dump_json(exclude=hidden)) | dict.fromkeys(hidden or ())
+        return json.loads(body.model_dump_json(exclude=hidden)) | dict.fromkeys(hidden)
     except ValueError:
         raise SafelightError(
             "the body must have text without lone surrogates, nested at most 200 deep"
