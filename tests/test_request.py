@@ -342,7 +342,7 @@ class TestJson:
         assert Request().fitted().image is None
         with pytest.raises(SafelightError, match="ask for width 592 and height 440"):
             Request(image=Image.new("RGB", (4000, 3000))).fitted()
-        with pytest.raises(SafelightError, match="ask for width 64 and height 128"):
+        with pytest.raises(SafelightError, match="ask for width 360 and height 720"):
             Request(image=Image.new("RGB", (50, 100))).fitted()
         settings = request.to_dict()
         with pytest.raises(SafelightError, match="image is needed again"):
