@@ -98,6 +98,8 @@ def stored_weight(read: Read, weight: Weight) -> Tensor | Quantised:
         if whole and not weight.rows and weight.shape[:1] == found.shape[:1]:
             return replace(found, shape=torch.Size(weight.shape))
         found = found.to(torch.float32)  # its rows are not those of the codes
+    if weight.frame:
+        found = found[:, :, -1].contiguous()
     if weight.rows:
         pieces = [found[start:end] for start, end in weight.rows]
         # One piece stays in the mapped file.
