@@ -15,6 +15,7 @@ from safelight.families.latent import CLIP_G_CONFIG, CLIP_L_CONFIG, IGNORED, VAE
 from safelight.weights.check import Header, refusal
 from safelight.weights.names import Section, vae_names
 from safelight.weights.names_flux2_vae import flux2_vae_names
+from safelight.weights.names_qwen import qwen_unused
 from safelight.weights.names_zimage import zimage_unused
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def is_unused(key: str) -> bool:
     """Return whether a key of a single file is known, and read by no network of ours."""
     inner = key.removeprefix(_TRANSFORMER[0])
     known = IGNORED.fullmatch(key) or _UNUSED.fullmatch(key)
-    return known is not None or zimage_unused(inner)
+    return known is not None or zimage_unused(inner) or qwen_unused(key)
 
 
 def unknown_variant(header: Header, told: tuple[Any, ...], family: Family) -> Exception:

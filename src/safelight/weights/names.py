@@ -69,11 +69,6 @@ class Weight:
     def dtype(self) -> str:
         return self.header.tensors[self.key].dtype
 
-    @property
-    def frame(self) -> bool:
-        """Whether it is the last slice in time of a convolution over frames."""
-        return len(self.header.tensors[self.key].shape) == 5 and len(self.shape) == 4
-
 
 def from_folder(part: Part, headers: Iterable[Header]) -> dict[str, Weight]:
     """Return the weights of one part of a folder, by our names."""

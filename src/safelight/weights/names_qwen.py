@@ -25,7 +25,16 @@ _RESNET = {
     "residual.6": "conv2",
     "shortcut": "conv_shortcut",
 }
+_UNUSED = re.compile(
+    r"text_encoders\.qwen25_7b\.transformer\.(model\.)?(visual\..*|lm_head\.weight)"
+    r"|(vae|first_stage_model)\..*\.time_conv\.\w+"
+)
 _TIME = re.compile(r"(.*\.)?time_conv\.\w+")
+
+
+def qwen_unused(key: str) -> bool:
+    """Return whether a key of a whole model's file is read by nothing that draws from text."""
+    return _UNUSED.fullmatch(key) is not None
 
 
 def qwen_vae_unused(key: str) -> bool:
@@ -41,7 +50,7 @@ def qwen_vae_folder_name(key: str) -> str | None:
 def qwen_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape to read a tensor in: that of a kernel's last slice, of a norm's channels.
 
-    `Weight.frame` takes the slice.
+    `stored_weight` takes the slice.
     """
     if name.endswith(".gamma") and set(shape[1:]) == {1}:
         return shape[:1]
