@@ -320,7 +320,7 @@ class Family:
         """
         raise NotImplementedError
 
-    def guided(self, model: Model, output: Tensor, prompt: Tensor) -> Tensor:
+    def rescaled(self, model: Model, output: Tensor, prompt: Tensor) -> Tensor:
         """Return the output that is taken of guidance's, both [1, channels, h, w].
 
         prompt: the network's output for the prompt alone.

@@ -149,7 +149,7 @@ class QwenImage(FlowFamily):
     def velocity(self, model: Model, rows: Rows) -> Tensor:
         return by_length(rows, model.network)
 
-    def guided(self, model: Model, output: Tensor, prompt: Tensor) -> Tensor:
+    def rescaled(self, model: Model, output: Tensor, prompt: Tensor) -> Tensor:
         """Return the output of guidance at the length that the prompt alone gives each patch.
 
         As QwenImagePipeline of diffusers does, with `true_cfg_scale`.

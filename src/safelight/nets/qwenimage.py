@@ -144,8 +144,8 @@ class QwenImageTransformer2DModel(nn.Module):
         """
         check_sides(x, PATCH)
         patches = F.pixel_unshuffle(x, PATCH)
-        temb = self.time_text_embed(timestep, x.dtype)
-        angles = self._angles(context.shape[1], *patches.shape[-2:], x.device)
+        temb, (h, w) = self.time_text_embed(timestep, x.dtype), patches.shape[-2:]
+        angles = self._angles(context.shape[1], h, w, x.device)
         tokens, context = self.img_in(as_tokens(patches)), self.txt_in(self.txt_norm(context))
         for block in self.transformer_blocks:
             tokens, context = block(tokens, context, temb, angles)
