@@ -91,11 +91,11 @@ def _names(is_t5: bool) -> gguf.TensorNameMap:
 
 
 def llama_name(key: str) -> str:
-    """Return llama.cpp's name of a weight of T5's encoder or Qwen3, from transformers'."""
+    """Return llama.cpp's name of a weight of T5's encoder or a Qwen, from transformers'."""
     is_t5 = key.startswith(("encoder.", "shared."))
     names = _names(is_t5)
     theirs = key if is_t5 or key.startswith("model.") else f"model.{key}"
-    name = names.get_name(theirs, try_suffixes=(".weight",))
+    name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
     assert name is not None, key
     return name
 

@@ -275,6 +275,64 @@ def make_klein(folder: Path, *, distilled: bool, shift: bool = True, **vae: Any)
     return folder
 
 
+QWEN_IMAGE_NET = {
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (4, 6, 6),
+}
+QWEN_VAE: dict[str, Any] = {
+    "base_dim": 8,
+    "dim_mult": [1, 2, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+}
+QWEN_IMAGE_SCHEDULER = {
+    **DEV,
+    "max_shift": 0.9,
+    "max_image_seq_len": 8192,
+    "shift_terminal": 0.02,
+    "time_shift_type": "exponential",
+}
+
+
+def qwen2_config() -> Any:
+    """Return the config of a small Qwen2.5-VL."""
+    text = {key: value for key, value in QWEN.items() if key != "head_dim"}
+    text |= {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "rms_norm_eps": 1e-6}
+    sees = {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8}
+    return transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config={**sees, "out_hidden_size": text["hidden_size"]}
+    )
+
+
+def make_qwen_image(folder: Path, **scheduler: Any) -> Path:
+    """Write a model folder of Qwen-Image. scheduler: settings that differ from the published."""
+    torch.manual_seed(1)
+    net = diffusers.QwenImageTransformer2DModel(**QWEN_IMAGE_NET)
+    randomised(net, 0.1).save_pretrained(folder / "transformer")
+    torch.manual_seed(2)
+    vae = diffusers.AutoencoderKLQwenImage(**QWEN_VAE)
+    randomised(vae, 0.1).save_pretrained(folder / "vae")
+    torch.manual_seed(3)
+    reads = transformers.Qwen2_5_VLForConditionalGeneration(qwen2_config())
+    randomised(reads, 0.2).save_pretrained(folder / "text_encoder")
+    qwen_tokenizer(folder / "tokenizer")
+    write_index(
+        folder,
+        {**QWEN_IMAGE_SCHEDULER, **scheduler},
+        _class_name="QwenImagePipeline",
+        text_encoder=["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        tokenizer=["transformers", "Qwen2Tokenizer"],
+        transformer=["diffusers", "QwenImageTransformer2DModel"],
+        vae=["diffusers", "AutoencoderKLQwenImage"],
+    )
+    return folder
+
+
 def make_zimage(folder: Path, *, shift: float) -> Path:
     """Write a model folder of Z-Image; with shift 3 it is Turbo."""
     torch.manual_seed(1)

@@ -22,11 +22,17 @@ from safelight.families.flow import FlowFamily, Rows
 from safelight.model import Model
 from safelight.prompt.reading import Word
 from safelight.request import Request
-from tests.parity.flow_models import make_flux, make_klein, make_sd3, make_zimage
+from tests.parity.flow_models import (
+    make_flux,
+    make_klein,
+    make_qwen_image,
+    make_sd3,
+    make_zimage,
+)
 
 PROMPT = "a red apple on a table"
 WORDS = ["a", "red", "apple", "on", "a", "table"]
-NAMES = ("sd3", "sd3-alone", "sd3.5", "flux", "z-image", "klein")
+NAMES = ("sd3", "sd3-alone", "sd3.5", "flux", "z-image", "klein", "qwen")
 HEIGHT, WIDTH = SIDES = 6, 10
 """The sides of the latents: 15 tokens, which Z-Image fills up to 32; in FLUX.2, 60 tokens."""
 
@@ -43,6 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "flux": make_flux(root / "flux", guided=True),
         "z-image": make_zimage(root / "z-image", shift=6.0),
         "klein": make_klein(root / "klein", distilled=False),
+        "qwen": make_qwen_image(root / "qwen"),
     }
 
 
@@ -107,6 +114,15 @@ def theirs(
                 rows.timestep / 1000,
                 Flux2KleinPipeline._prepare_latent_ids(rows.x),
                 Flux2KleinPipeline._prepare_text_ids(rows.tokens),
+            )
+            return found, *first
+        if name == "qwen":
+            net = diffusers.QwenImageTransformer2DModel.from_pretrained(folder / "transformer")
+            net(
+                F.pixel_unshuffle(rows.x, 2).flatten(2).transpose(1, 2),
+                rows.tokens,
+                timestep=rows.timestep / 1000,
+                img_shapes=[[(1, HEIGHT // 2, WIDTH // 2)]],
             )
             return found, *first
         net = diffusers.SD3Transformer2DModel.from_pretrained(folder / "transformer")
@@ -203,6 +219,7 @@ def names_of_tokens(name: str, model: Model) -> list[str]:
     reader = family.reader(model.parts)
     said = f"{reader.before}{PROMPT}{reader.after}"
     ids = reader.tokenizer.encode(said, reader.most, pad=False).ids
+    ids = ids[reader.dropped :]
     return found + [reader.tokenizer._backend.id_to_token(number) for number in ids]
 
 

@@ -23,6 +23,7 @@ SD3 = EULER | {"shift": 3.0}
 PLAIN = EULER | {"shift": 1.0}
 DYNAMIC = EULER | {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.4, "max_shift": 1.2}
 LINEAR = DYNAMIC | {"time_shift_type": "linear", "max_image_seq_len": 1024}
+ENDING = DYNAMIC | {"shift_terminal": 0.02, "max_shift": 0.9, "max_image_seq_len": 8192}
 CONFIGS = {"sd3": SD3, "plain": PLAIN, "dynamic": DYNAMIC, "linear": LINEAR}
 TOKENS = 640
 
@@ -91,6 +92,15 @@ def test_euler(name: str, trained: bool, steps: int) -> None:
     config = CONFIGS[name]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
     same(ours(of("euler", config, steps, trained)), theirs(scheduler, steps, config, trained))
+
+
+@pytest.mark.parametrize("steps", [2, 7, 28])
+def test_a_last_time_that_the_scheduler_tells(steps: int) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(ENDING)
+    same(ours(of("euler", ENDING, steps, False)), theirs(scheduler, steps, ENDING, False))
+    assert of("euler", ENDING, steps, False).rows[-1].level.sigma == pytest.approx(0.02, rel=1e-4)
+    # Of a single step, diffusers makes NaN.
+    assert of("euler", ENDING, 1, False).rows == of("euler", DYNAMIC, 1, False).rows
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -100,6 +100,7 @@ def refused_kind(ending: str) -> str:
 
 
 FLUX, FLUX2, SD3, ZIMAGE = "FLUX.1", "FLUX.2", "Stable Diffusion 3", "Z-Image"
+QWEN_IMAGE = "Qwen-Image"
 """What families are called in errors; see `called`."""
 
 _TRANSFORMER = "a diffusion transformer"
@@ -111,6 +112,7 @@ _MARKS = (
     (("mod.lin", "mod_lin", "modulation.lin", "modulation_lin", "proj_mlp"), FLUX),
     (("double_blocks", "single_blocks", "single_transformer_blocks"), _BLACK_FOREST),
     (("joint_blocks",), SD3),
+    (("img_mod.1", "img_mod_1", "img_mlp.net", "img_mlp_net"), QWEN_IMAGE),
     (("noise_refiner", "layers_0_attention", "layers.0.attention"), ZIMAGE),
     (("transformer_blocks.0.attn.", "transformer_blocks_0_attn_"), _TRANSFORMER),
     (("lora_te3_",), _TRANSFORMER),
@@ -143,7 +145,7 @@ def differ(made_for: str, family: str) -> bool:
 
     family: see `called`.
     """
-    alike = {_TRANSFORMER: (FLUX, FLUX2, SD3), _BLACK_FOREST: (FLUX, FLUX2)}
+    alike = {_TRANSFORMER: (FLUX, FLUX2, SD3, QWEN_IMAGE), _BLACK_FOREST: (FLUX, FLUX2)}
     return made_for != family and family not in alike.get(made_for, ())
 
 
@@ -170,6 +172,7 @@ def family_of(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
         *(("sdxl", "SDXL"), ("stable-diffusion-xl", "SDXL")),
         *(("flux2", FLUX2), ("flux-2", FLUX2), ("flux.2", FLUX2), ("flux", FLUX)),
         *(("sd3", SD3), ("stable-diffusion-3", SD3)),
+        *(("qwen-image", QWEN_IMAGE), ("qwen_image", QWEN_IMAGE)),
         *(("zimage", ZIMAGE), ("z-image", ZIMAGE), ("z_image", ZIMAGE)),
         *(("sd_v1", "Stable Diffusion 1"), ("stable-diffusion-v1", "Stable Diffusion 1")),
         *(("sd_v2", "Stable Diffusion 2"), ("stable-diffusion-v2", "Stable Diffusion 2")),

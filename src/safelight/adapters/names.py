@@ -73,6 +73,7 @@ _DOTTED = {
         "text_encoders.qwen3_8b.",
         "text_encoders.qwen3_8b.transformer.",
     ),
+    "Qwen2.5-VL": ("text_encoders.qwen25_7b.", "text_encoders.qwen25_7b.transformer."),
 }
 _FLAT = {
     # kohya and OneTrainer; LyCORIS and SimpleTuner
@@ -82,13 +83,14 @@ _FLAT = {
     "text_encoder_2": ("lora_te2_", "lycoris_te2_"),
     "T5": ("lora_te3_",),  # as kohya's scripts call it, also where it is the second of two
     "Qwen3": ("lora_te_", "lora_te1_"),
+    "Qwen2.5-VL": ("lora_te_", "lora_te1_"),
 }
 """How files call each network of a model, before a path with dots and before one without."""
 
-_KINDS = {"T5EncoderModel": "T5", "Qwen3Model": "Qwen3"}
+_KINDS = {"T5EncoderModel": "T5", "Qwen3Model": "Qwen3", "Qwen2Model": "Qwen2.5-VL"}
 """Text encoders that are not CLIP's, whose names in files depend on their kind."""
 
-_ROOTS = {"Qwen3": "model."}
+_ROOTS = {"Qwen3": "model.", "Qwen2.5-VL": "model."}
 """What files may write before a path, as the whole language model around the network has it."""
 
 _PROCESSORS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out.0": "to_out"}

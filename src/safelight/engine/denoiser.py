@@ -43,6 +43,7 @@ def estimate(
             weights = conditioning.weights or (1.0,) * len(positives)
             for weight, positive in zip(weights, positives, strict=True):
                 output = output + conditioning.guidance * weight * (positive - negative)
+            output = family.rescaled(model, output, positives[-1])
         found.append(family.clean(model, state, row.level, output))
     return found
 

@@ -10,6 +10,8 @@ from safelight.families.base import Conditioning, Family, Part
 from safelight.families.flux import FLUX
 from safelight.families.flux2 import DEV, FLUX2
 from safelight.families.pixels import Pixels
+from safelight.families.qwenimage import BASE as QWEN_IMAGE
+from safelight.families.qwenimage_files import NOT_READ
 from safelight.families.sd import SD
 from safelight.families.sd3 import SD3
 from safelight.families.sdxl import REFINER, SDXL
@@ -30,7 +32,7 @@ __all__ = [
     "family_of_folder",
 ]
 
-FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX2, FLUX, Z_IMAGE, Pixels()]
+FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX2, FLUX, Z_IMAGE, QWEN_IMAGE, Pixels()]
 """One instance of each family. A new family is added here, or by the code that defines it.
 
 FLUX.2 comes before FLUX.1, whose marks its single files have, too.
@@ -76,6 +78,8 @@ def family_of_folder(index: Mapping[str, Any], where: str) -> Family:
     if pipeline == "Flux2Pipeline":
         raise refusal(where, DEV)
     family = next((f for f in FAMILIES if f.owns(index)), None)
+    if family is None and str(pipeline).startswith("QwenImage"):
+        raise refusal(where, NOT_READ.format(f"{pipeline:.60}"))
     if not isinstance(pipeline, str) or family is None:
         known = ", ".join(dict.fromkeys(f.pipelines[0] for f in FAMILIES))
         raise refusal(where, f"{pipeline!r:.40} is not supported; supported are {known}")
@@ -112,5 +116,5 @@ def family_of_file(header: Header) -> Family:
     for prefix, what in _FOREIGN:
         if any(key.startswith(prefix) for key in header.tensors):
             raise refusal(header.name, f"this is {what}")
-    known = ", ".join(family.title for family in (SD, SDXL, SD3, FLUX, FLUX2))
-    raise refusal(header.name, f"not a checkpoint of {known} or {Z_IMAGE.title}")
+    known = ", ".join(family.title for family in (SD, SDXL, SD3, FLUX, FLUX2, Z_IMAGE))
+    raise refusal(header.name, f"not a checkpoint of {known} or {QWEN_IMAGE.title}")

@@ -54,6 +54,7 @@ class Part:
     rename: from a key of a folder's file to our name, None for a key that is not used.
     reshape: from name and stored shape to the shape that is read.
     others: parts that a folder may have in its place, by their class in model_index.json.
+    whole: whether all that a published file has of the network is read.
     """
 
     module: str
@@ -64,6 +65,7 @@ class Part:
     rename: Callable[[str], str | None] = lambda key: key
     reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
     others: Mapping[str, Part] = field(default_factory=dict)
+    whole: bool = True
 
     def load_classes(self) -> tuple[type[NetConfig], type[nn.Module]]:
         """Return the classes of the config and of the network."""
@@ -337,6 +339,13 @@ class Family:
         picture are adjacent, in the order of its conditioning.
         """
         raise NotImplementedError
+
+    def rescaled(self, model: Model, output: Tensor, prompt: Tensor) -> Tensor:
+        """Return the output that is taken of guidance's, both [1, channels, h, w].
+
+        prompt: the network's output for the prompt alone.
+        """
+        return output
 
     def clean(self, model: Model, state: Tensor, level: Level, output: Tensor) -> Tensor:
         """Return the clean estimate that follows from an output, in the state's shape."""

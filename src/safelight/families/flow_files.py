@@ -15,6 +15,7 @@ from safelight.families.latent import CLIP_G_CONFIG, CLIP_L_CONFIG, IGNORED, VAE
 from safelight.weights.check import Header, refusal
 from safelight.weights.names import Section, vae_names
 from safelight.weights.names_flux2_vae import flux2_vae_names
+from safelight.weights.names_qwen import qwen_unused
 from safelight.weights.names_zimage import zimage_unused
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of a transformer's tensors, by their names without the prefix."""
 
 _TRANSFORMER = ("model.diffusion_model.", "")
-_TEXTS = "text_encoders."
+TEXTS = "text_encoders."
 _UNPROJECTED = {"text_projection.weight": "text_model.final_layer_norm.weight"}
 """CLIP-L of SD 3 gives its pooled state as it is, where folders have a projection."""
 
@@ -97,7 +98,7 @@ def is_unused(key: str) -> bool:
     """Return whether a key of a single file is known, and read by no network of ours."""
     inner = key.removeprefix(_TRANSFORMER[0])
     known = IGNORED.fullmatch(key) or _UNUSED.fullmatch(key)
-    return known is not None or zimage_unused(inner)
+    return known is not None or zimage_unused(inner) or qwen_unused(key)
 
 
 def unknown_variant(header: Header, told: tuple[Any, ...], family: Family) -> Exception:
@@ -109,12 +110,12 @@ def unknown_variant(header: Header, told: tuple[Any, ...], family: Family) -> Ex
     )
 
 
-def _count(shapes: Shapes, block: str) -> int:
+def count(shapes: Shapes, block: str) -> int:
     """Return how many blocks have this name before their number."""
     return len({key.split(".")[1] for key in shapes if key.startswith(f"{block}.")})
 
 
-def _axis(shapes: Shapes, key: str, axis: int) -> int:
+def axis(shapes: Shapes, key: str, axis: int) -> int:
     """Return the length of a tensor along an axis, 0 if it has no such axis."""
     shape = shapes.get(key, ())
     return shape[axis] if axis < len(shape) else 0
@@ -131,11 +132,11 @@ def _sd3_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _sd3_found(shapes: Shapes) -> tuple[Any, ...]:
     # GGUF files may lack the first axis of the positions, which has length 1.
-    width, places = _axis(shapes, "x_embedder.proj.weight", 0), shapes.get("pos_embed", ())
+    width, places = axis(shapes, "x_embedder.proj.weight", 0), shapes.get("pos_embed", ())
     positions = places[-2] if len(places) > 1 else 0
     dual = sum(key.endswith(".x_block.attn2.qkv.weight") for key in shapes)
     normed = "joint_blocks.0.x_block.attn.ln_q.weight" in shapes
-    return _count(shapes, "joint_blocks"), width, positions, dual, normed
+    return count(shapes, "joint_blocks"), width, positions, dual, normed
 
 
 SD3_LAYOUT = Layout(
@@ -144,9 +145,9 @@ SD3_LAYOUT = Layout(
     found=_sd3_found,
     vae=(VAE, "vae."),
     texts={
-        f"{_TEXTS}clip_l.transformer.": Section("text_encoder", identity=_UNPROJECTED),
-        f"{_TEXTS}clip_g.transformer.": Section("text_encoder_2"),
-        f"{_TEXTS}t5xxl.transformer.": Section("text_encoder_3"),
+        f"{TEXTS}clip_l.transformer.": Section("text_encoder", identity=_UNPROJECTED),
+        f"{TEXTS}clip_g.transformer.": Section("text_encoder_2"),
+        f"{TEXTS}t5xxl.transformer.": Section("text_encoder_3"),
     },
 )
 
@@ -168,7 +169,7 @@ _T5_XXL = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
-_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+FLOW_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 
 
 def _sd3(**transformer: Any) -> Published:
@@ -192,7 +193,7 @@ def _sd3(**transformer: Any) -> Published:
         "text_encoder_2": CLIP_G_CONFIG,
         "text_encoder_3": _T5_XXL,
     }
-    return Published(configs, {**_FLOW, "shift": 3.0})
+    return Published(configs, {**FLOW_SCHEDULER, "shift": 3.0})
 
 
 SD3_MEDIUM = _sd3()
@@ -213,8 +214,8 @@ def _flux_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _flux_found(shapes: Shapes) -> tuple[Any, ...]:
-    layers, singles = _count(shapes, "double_blocks"), _count(shapes, "single_blocks")
-    reads, text = _axis(shapes, "img_in.weight", 1), _axis(shapes, "txt_in.weight", 1)
+    layers, singles = count(shapes, "double_blocks"), count(shapes, "single_blocks")
+    reads, text = axis(shapes, "img_in.weight", 1), axis(shapes, "txt_in.weight", 1)
     return layers, singles, reads, text, "guidance_in.in_layer.weight" in shapes
 
 
@@ -224,8 +225,8 @@ FLUX_LAYOUT = Layout(
     found=_flux_found,
     vae=("vae.", VAE),
     texts={
-        f"{_TEXTS}clip_l.transformer.": Section("text_encoder"),
-        f"{_TEXTS}t5xxl.transformer.": Section("text_encoder_2"),
+        f"{TEXTS}clip_l.transformer.": Section("text_encoder"),
+        f"{TEXTS}t5xxl.transformer.": Section("text_encoder_2"),
     },
 )
 
@@ -247,7 +248,7 @@ def _flux(guided: bool, **scheduler: Any) -> Published:
         "text_encoder": CLIP_L_CONFIG,
         "text_encoder_2": _T5_XXL,
     }
-    return Published(configs, {**_FLOW, **scheduler})
+    return Published(configs, {**FLOW_SCHEDULER, **scheduler})
 
 
 FLUX_DEV = _flux(
@@ -273,8 +274,8 @@ def _flux2_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _flux2_found(shapes: Shapes) -> tuple[Any, ...]:
-    layers, singles = _count(shapes, "double_blocks"), _count(shapes, "single_blocks")
-    return layers, singles, _axis(shapes, "img_in.weight", 0), _axis(shapes, "txt_in.weight", 1)
+    layers, singles = count(shapes, "double_blocks"), count(shapes, "single_blocks")
+    return layers, singles, axis(shapes, "img_in.weight", 0), axis(shapes, "txt_in.weight", 1)
 
 
 def flux2_is_dev(header: Header, prefix: str) -> bool:
@@ -282,7 +283,7 @@ def flux2_is_dev(header: Header, prefix: str) -> bool:
     return f"{prefix}{_DEV}" in header.tensors
 
 
-FLUX2_TEXTS = {2560: f"{_TEXTS}qwen3_4b.transformer.", 4096: f"{_TEXTS}qwen3_8b.transformer."}
+FLUX2_TEXTS = {2560: f"{TEXTS}qwen3_4b.transformer.", 4096: f"{TEXTS}qwen3_8b.transformer."}
 """The prefix of the text encoder by the width of its states."""
 
 FLUX2_LAYOUT = Layout(
@@ -333,7 +334,7 @@ def _klein(layers: int, singles: int, heads: int, text: Mapping[str, Any]) -> Pu
         "vae": _FLUX2_VAE,
         "text_encoder": text,
     }
-    return Published(configs, {**_FLOW, "shift": 3.0, "use_dynamic_shifting": True})
+    return Published(configs, {**FLOW_SCHEDULER, "shift": 3.0, "use_dynamic_shifting": True})
 
 
 _QWEN3_4B = _qwen3(2560, 9728)
@@ -349,11 +350,11 @@ def _zimage_wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _zimage_found(shapes: Shapes) -> tuple[Any, ...]:
-    layers, refiners = _count(shapes, "layers"), _count(shapes, "noise_refiner")
+    layers, refiners = count(shapes, "layers"), count(shapes, "noise_refiner")
     embedder = "x_embedder.weight"
     if embedder not in shapes:  # diffusers' name, with the patch's sides
         embedder = "all_x_embedder.2-1.weight"
-    width, text = _axis(shapes, embedder, 0), _axis(shapes, "cap_embedder.1.weight", 1)
+    width, text = axis(shapes, embedder, 0), axis(shapes, "cap_embedder.1.weight", 1)
     return layers, refiners, width, text
 
 
@@ -362,7 +363,7 @@ ZIMAGE_LAYOUT = Layout(
     wanted=_zimage_wanted,
     found=_zimage_found,
     vae=("vae.", VAE),
-    texts={f"{_TEXTS}qwen3_4b.transformer.": Section("text_encoder")},
+    texts={f"{TEXTS}qwen3_4b.transformer.": Section("text_encoder")},
 )
 Z_IMAGE = Published(
     {
@@ -381,5 +382,5 @@ Z_IMAGE = Published(
         "vae": _FLUX_VAE,
         "text_encoder": _QWEN3_4B,
     },
-    {**_FLOW, "shift": 6.0},
+    {**FLOW_SCHEDULER, "shift": 6.0},
 )

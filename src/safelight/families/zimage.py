@@ -22,6 +22,7 @@ from safelight.families.flow import (
     Rows,
     qwen_tokenizer,
 )
+from safelight.families.flow_calls import by_length
 from safelight.families.flow_files import Z_IMAGE, ZIMAGE_LAYOUT, Layout, Published
 from safelight.families.latent import VAE_PART
 from safelight.weights.names import Section
@@ -144,17 +145,11 @@ class ZImage(FlowFamily):
         return slice(0, picture), slice(filled, tokens)
 
     def velocity(self, model: Model, rows: Rows) -> Tensor:
-        import torch
-
         # The network was trained with the time of the picture, from 0 to 1, and predicts
         # clean − noise.
-        times = (1000 - rows.timestep) / 1000
-        out = torch.empty_like(rows.x)
-        for length in set(rows.lengths):  # a call takes texts of one length
-            here = [i for i, other in enumerate(rows.lengths) if other == length]
-            text = rows.tokens[here, :length]
-            out[here] = -model.network(rows.x[here], times[here], text)
-        return out
+        return by_length(
+            rows, lambda x, timestep, text: -model.network(x, (1000 - timestep) / 1000, text)
+        )
 
     def example(self, model: Model) -> Conditioning:
         import torch

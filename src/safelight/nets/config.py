@@ -15,12 +15,16 @@ Depths = tuple[int | tuple[int, ...], ...]
 Layers = tuple[int, ...]
 """The numbers of some of a network's layers, from 0; there may be none."""
 
+Channels = tuple[float, ...]
+"""A number for each channel of a latent."""
+
 BOUNDS: dict[str, tuple[float, float]] = {
     "addition_time_embed_dim": (2, 2**14),
     "all_patch_size": (1, 2**4),
     "attention_head_dim": (1, 2**14),
     "axes_dims": (2, 2**10),
     "axes_dims_rope": (2, 2**10),
+    "base_dim": (1, 2**12),
     "batch_norm_eps": (1e-12, 0.1),
     "block_out_channels": (1, 2**14),
     "cap_feat_dim": (1, 2**14),
@@ -31,6 +35,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "d_model": (1, 2**14),
     "decoder_block_out_channels": (1, 2**14),
     "dim": (2, 2**14),
+    "dim_mult": (1, 2**6),
     "downsample_padding": (0, 1),
     "dual_attention_layers": (0, 2**7 - 1),
     "encoder_block_out_channels": (1, 2**14),
@@ -65,6 +70,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_hidden_layers": (1, 2**7),
     "num_key_value_heads": (1, 2**8),
     "num_layers": (1, 2**7),
+    "num_res_blocks": (1, 16),
     "num_single_layers": (0, 2**7),
     "num_tokens": (1, 2**10),
     "out_channels": (1, 2**8),
@@ -86,6 +92,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "transformer_layers_per_block": (0, 32),
     "vocab_size": (3, 2**20),
     "widths": (1, 2**14),
+    "z_dim": (1, 2**8),
 }
 """The smallest and the largest value of each number in a config, or of each number in a list.
 
@@ -101,6 +108,9 @@ MAX_LEVELS = 12
 
 Each level halves the sides.
 """
+
+MAX_CHANNELS = 256
+"""The most values in a list of channels."""
 
 MAX_LAYERS = 128
 """The most layers of a network, and values in a list of layers.
@@ -183,8 +193,8 @@ def _tuples(value: Any) -> Any:
 def _check(label: str, name: str, value: Any, kind: str) -> None:
     """Check a value against its annotation.
 
-    It is int, float, bool, str, a tuple of them, Depths, Layers, or one of these or None. Numbers
-    are checked against `BOUNDS` too.
+    It is int, float, bool, str, a tuple of them, Depths, Layers, Channels, or one of these or None.
+    Numbers are checked against `BOUNDS` too.
     """
     if value is None and kind.endswith(" | None"):
         return
@@ -200,6 +210,8 @@ def _check(label: str, name: str, value: Any, kind: str) -> None:
     most = MAX_LEVELS
     if kind == "Layers":
         options, most = ["tuple[int, ...]"], MAX_LAYERS
+    elif kind == "Channels":
+        options, most = ["tuple[float, ...]"], MAX_CHANNELS
     for option in options:
         inner = option.removeprefix("tuple[").removesuffix(", ...]")
         filled = len(members) > 0 or kind == "Layers"

@@ -101,9 +101,9 @@ class Flux2Config(NetConfig):
 class TimeEmbedding(nn.Module):
     """The embedding of a timestep after SiLU, [batch, dim], from timesteps [batch], 0 to 1000."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.timestep_embedder = TimestepEmbedding(TIME_CHANNELS, dim, bias=False)
+        self.timestep_embedder = TimestepEmbedding(TIME_CHANNELS, dim, bias=bias)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
         sines = timestep_embedding(timestep, TIME_CHANNELS, flip=True, freq_shift=0)

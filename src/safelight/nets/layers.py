@@ -221,9 +221,9 @@ class EnlargingConv2d(nn.Conv2d):
 class Upsample2D(nn.Module):
     """Upsampling to `size`, the skip connection's size: for odd sides it is not the double."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, out: int | None = None) -> None:
         super().__init__()
-        self.conv = EnlargingConv2d(channels, channels)
+        self.conv = EnlargingConv2d(channels, out or channels)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         return self.conv(x, size)

@@ -1,6 +1,6 @@
 """Qwen3Model: a language model whose hidden states other networks read as a text's encoding.
 
-arXiv:2505.09388. Z-Image and FLUX.2 klein read it.
+arXiv:2505.09388. Z-Image and FLUX.2 klein read it. `nets.qwen2` is the version before it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from safelight.nets.tokens import RMSNorm, rotary_angles, split_heads
 
 @dataclass(frozen=True)
 class Qwen3Config(NetConfig):
-    """The keys of text_encoder/config.json that we build from, with transformers' defaults."""
+    """The keys of text_encoder/config.json that we build from, with transformers' defaults.
+
+    biased: whether queries, keys and values have a bias. normed: whether queries and keys are
+    normed in each head.
+    """
+
+    biased: ClassVar[bool] = False
+    normed: ClassVar[bool] = True
 
     vocab_size: int = 151936
     hidden_size: int = 4096
@@ -39,6 +46,8 @@ class Qwen3Config(NetConfig):
         "use_sliding_window": (False,),
         "rope_scaling": (None,),
     }
+    _rope_kinds: ClassVar[Mapping[str, tuple[str, ...]]] = {"rope_type": ("default",)}
+    _rope_unread: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_dict(cls, json: Mapping[str, Any]) -> Self:
@@ -47,8 +56,25 @@ class Qwen3Config(NetConfig):
         if kinds is not None and (
             not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
         ):
-            raise SafelightError("Qwen3: layer_types has other layers than full_attention")
-        return super().from_dict({**json, **_rope(json.get("rope_parameters"))})
+            raise SafelightError(
+                f"{cls._label()}: layer_types has other layers than full_attention"
+            )
+        return super().from_dict({**json, **cls._rope(json.get("rope_parameters"))})
+
+    @classmethod
+    def _rope(cls, table: Any) -> dict[str, Any]:
+        """Return rope_theta of a config's rope_parameters, where newer writers put it."""
+        if table is None:
+            return {}
+        known = {"rope_theta", *cls._rope_kinds, *cls._rope_unread}
+        if not isinstance(table, Mapping) or set(table) - known:
+            raise SafelightError(f"{cls._label()}: rope_parameters={shown(table)} is not supported")
+        for key, kinds in cls._rope_kinds.items():
+            if (kind := table.get(key, kinds[0])) not in kinds:
+                raise SafelightError(
+                    f"{cls._label()}: {key}={shown(kind)} is not supported; expected {kinds[0]!r}"
+                )
+        return {"rope_theta": table["rope_theta"]} if "rope_theta" in table else {}
 
     def _validate(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -57,18 +83,6 @@ class Qwen3Config(NetConfig):
             )
         if self.head_dim % 2:
             self._refuse(f"head_dim={self.head_dim} should be even")
-
-
-def _rope(table: Any) -> dict[str, Any]:
-    """Return rope_theta of a config's rope_parameters, where newer writers put it."""
-    if table is None:
-        return {}
-    if not isinstance(table, Mapping) or set(table) - {"rope_theta", "rope_type"}:
-        raise SafelightError(f"Qwen3: rope_parameters={shown(table)} is not supported")
-    kind = table.get("rope_type", "default")
-    if kind != "default":
-        raise SafelightError(f"Qwen3: rope_type={shown(kind)} is not supported; expected 'default'")
-    return {"rope_theta": table["rope_theta"]} if "rope_theta" in table else {}
 
 
 def rotate_halves(x: Tensor, angles: Tensor) -> Tensor:
@@ -92,12 +106,11 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.key_heads = cfg.num_attention_heads, cfg.num_key_value_heads
         inner, shared = self.heads * cfg.head_dim, self.key_heads * cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, inner, bias=False)
-        self.k_proj = nn.Linear(cfg.hidden_size, shared, bias=False)
-        self.v_proj = nn.Linear(cfg.hidden_size, shared, bias=False)
+        self.q_proj = nn.Linear(cfg.hidden_size, inner, bias=cfg.biased)
+        self.k_proj = nn.Linear(cfg.hidden_size, shared, bias=cfg.biased)
+        self.v_proj = nn.Linear(cfg.hidden_size, shared, bias=cfg.biased)
         self.o_proj = nn.Linear(inner, cfg.hidden_size, bias=False)
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.q_norm, self.k_norm = (_head_norm(cfg) for _ in range(2))
 
     def forward(self, x: Tensor, angles: Tensor, used: int) -> Tensor:
         """Return [batch, length, hidden]. angles: those of the positions, [length, head_dim/2].
@@ -113,6 +126,10 @@ class SelfAttention(nn.Module):
         k, v = k[:, :, :used], v[:, :, :used]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def _head_norm(cfg: Qwen3Config) -> nn.Module:
+    return RMSNorm(cfg.head_dim, cfg.rms_norm_eps) if cfg.normed else nn.Identity()
 
 
 class MLP(nn.Module):

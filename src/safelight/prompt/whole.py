@@ -16,12 +16,14 @@ class Reader:
     """A tokenizer, and how much of a text the model reads with it.
 
     most: the ids of a text, with all that is around it. before, after: what is put around a text.
+    dropped: how many ids at the beginning have states that the network does not read.
     """
 
     tokenizer: TextTokenizer
     most: int
     before: str = ""
     after: str = ""
+    dropped: int = 0
 
     def cut(self, text: str) -> str | None:
         """Return the end of a text that is longer than the model reads, None if it is not."""
@@ -34,7 +36,7 @@ class Reader:
     def words(self, text: str) -> list[Word]:
         """Return the words of a text that the model reads."""
         whole, begin = f"{self.before}{text}{self.after}", len(self.before)
-        end, first = begin + len(text), len(self.tokenizer.prefix)
+        end, first = begin + len(text), len(self.tokenizer.prefix) - self.dropped
         found: list[Word] = []
         places: list[int] = []
         starts = begin

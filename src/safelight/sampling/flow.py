@@ -48,7 +48,7 @@ def flow_grid(config: SchedulerConfig, steps: int, course: Course) -> Grid:
     else:
         times = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     mu = empirical_mu(course.tokens, steps) if course.empirical else None
-    times = shifted(config, times, course.tokens, mu)
+    times = stretched(shifted(config, times, course.tokens, mu), config.shift_terminal)
     if config.schedule is not None:
         times = CURVES[config.schedule](float(times[0]), float(times[-1]), steps)
     times = times.astype(np.float32)
@@ -72,6 +72,16 @@ def shifted(config: SchedulerConfig, times: Times, tokens: int, mu: float | None
         mu = tokens * slope + (config.base_shift - slope * config.base_image_seq_len)
     ratio = math.exp(mu) if config.time_shift_type == "exponential" else mu
     return ratio / (ratio + (1 / times - 1))
+
+
+def stretched(times: Times, last: float | None) -> Times:
+    """Return times moved towards the picture, so that the last of them is `last`; None: as it is.
+
+    What remains to 1 is multiplied by one number, as `stretch_shift_to_terminal` of
+    FlowMatchEulerDiscreteScheduler in diffusers does it. A single time is 1, and stays.
+    """
+    remains = 1 - times
+    return times if not last or not remains[-1] else 1 - remains * ((1 - last) / remains[-1])
 
 
 def empirical_mu(tokens: int, steps: int) -> float:

@@ -45,13 +45,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_shift": (-20.0, 20.0),
     "base_image_seq_len": (1, 10_000_000),
     "max_image_seq_len": (1, 10_000_000),
+    "shift_terminal": (0.0, 0.99),
 }
 # Settings that change what a sampler does, each with the one value that is supported.
 _ONLY: dict[str, Any] = {
     "use_flow_sigmas": False,
     "use_lu_lambdas": False,
     "invert_sigmas": False,
-    "shift_terminal": None,
     "stochastic_sampling": False,
     "interpolation_type": "linear",
     "timestep_type": "discrete",
@@ -105,6 +105,7 @@ class SchedulerConfig:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
     time_shift_type: str = "exponential"
+    shift_terminal: float | None = None
     given: frozenset[str] = frozenset()
 
     @classmethod

@@ -1,8 +1,8 @@
 """Plan another autoencoder for a model, from headers and configs alone.
 
-It may be diffusers' folder of an AutoencoderKL, AutoencoderKLFlux2 or AutoencoderTiny, a whole
-model's folder, a single file with the original code's names or diffusers', with or without a
-prefix, or the two files of TAESD.
+It may be diffusers' folder of an AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage or
+AutoencoderTiny, a whole model's folder, a single file with the original code's names or diffusers',
+with or without a prefix, or the two files of TAESD.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.families.flux2 import FLUX2_VAE_PART
 from safelight.families.latent import VAE_PART
+from safelight.families.qwenimage import QWEN_VAE_PART
 from safelight.weights.check import refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder
 from safelight.weights.names import from_folder
 from safelight.weights.networks import read_config
 from safelight.weights.plan import Addition, Plan
-from safelight.weights.vae_file import check_latents, read_vae_file
+from safelight.weights.vae_file import check_kind, check_latents, read_vae_file
 
-PARTS = {part.network: part for part in (VAE_PART, FLUX2_VAE_PART)} | dict(VAE_PART.others)
+PARTS = {part.network: part for part in (VAE_PART, FLUX2_VAE_PART, QWEN_VAE_PART)}
+PARTS |= VAE_PART.others
 
 
 def with_autoencoders(plan: Plan, sources: Mapping[str, Source]) -> Plan:
@@ -70,6 +72,7 @@ def _file_plan(source: Source, model: Plan) -> Addition:
 
 def _check_fit(plan: Addition, model: Plan, own: Any) -> None:
     """Refuse an autoencoder whose latents are not those of the model."""
+    check_kind(plan.source, plan.part, model.parts["vae"])
     check_latents(plan.source, plan.config, own, len(plan.weights))
     try:
         model.family.check_configs({**model.configs, "vae": plan.config})
@@ -79,9 +82,9 @@ def _check_fit(plan: Addition, model: Plan, own: Any) -> None:
 
 def _warnings(plan: Addition, model: Plan) -> list[str]:
     """Return warnings about an autoencoder in place of a model's own."""
-    theirs, ours = plan.config.scaling_factor, model.configs["vae"].scaling_factor
     if {plan.part.network, model.parts["vae"].network} != {VAE_PART.network}:
         return []  # a tiny one scales in its weights
+    theirs, ours = plan.config.scaling_factor, model.configs["vae"].scaling_factor
     if 0.99 < theirs / ours < 1.01:
         return []
     return [

@@ -92,6 +92,11 @@ def convert(
     rest = parts_finder(parts, download=download, models_dir=models_dir)
     plan = read_plan(source, prediction_type, without=vaes, parts=rest)
     plan = with_autoencoders(plan, vaes)
+    if not all(part.whole for part in plan.parts.values()):
+        raise SafelightError(
+            f"{plan.source.name} cannot be converted: of {plan.family.title}'s text encoder and "
+            "autoencoder, what only pictures and films need is not read"
+        )
     beside = _beside(plan)
     _check_place(path, plan, beside)
     for part in plan.weights:

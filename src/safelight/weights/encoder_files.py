@@ -17,6 +17,7 @@ from safelight.families.flow_files import is_unused
 from safelight.weights.check import Header, refusal
 from safelight.weights.names import Weight, some
 from safelight.weights.names_gguf import llama_names
+from safelight.weights.names_qwen import qwen2_folder_name
 from safelight.weights.networks import Networks
 from safelight.weights.scales import read_scales
 
@@ -24,6 +25,7 @@ MAX_ENCODERS = 8
 """The most text encoders in one file. Stable Diffusion 3 reads three."""
 
 _PREFIX = r"((?:.*?\.)??)"
+_QWEN2 = "Qwen2.5-VL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,26 @@ KINDS = (
         "hidden_size",
         "num_hidden_layers",
     ),
+    Kind(
+        _QWEN2,
+        "safelight.nets.qwen2",
+        # CLIP has such a bias, too, below encoder.
+        re.compile(
+            _PREFIX + r"(?:model\.)?(?:language_model\.)?(?<!encoder\.)"
+            r"layers\.0\.self_attn\.q_proj\.bias"
+        ),
+        re.compile(r"layers\.(\d+)\..*"),
+        re.compile(r"lm_head\.weight|logit_scale|(model\.)?visual\..*"),
+        "hidden_size",
+        "num_hidden_layers",
+    ),
 )
 
 _EMBEDDINGS = {
     "CLIP": "text_model.embeddings.token_embedding.weight",
     "T5": "shared.weight",
     "Qwen3": "embed_tokens.weight",
+    _QWEN2: "embed_tokens.weight",
 }
 _TWICE = "encoder.embed_tokens.weight"
 """T5's embeddings by the other of their two names; a file may have either, or both."""
@@ -167,6 +183,8 @@ def _weights(
                 name = f"text_model.{name}"
         elif kind.title == "Qwen3":
             name = name.removeprefix("model.")
+        elif kind.title == _QWEN2:
+            name = qwen2_folder_name(name) or name
         if name in found:
             both = f"{key!r:.50} and {found[name].key!r:.50}"
             raise refusal(header.name, f"{both} are the same weight")

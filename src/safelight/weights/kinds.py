@@ -14,7 +14,9 @@ _ADAPTER = re.compile(
     r"(^|\.)(lora_|lycoris_)|[._]lora\d?\.(up|down)\."
     r"|\.(lora_(A|B|up|down|mid|linear_layer)|hada_|lokr_|alpha$|dora_scale|diff(_b)?$)"
 )
-_VAE = re.compile(r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.|bn\.)")
+_VAE = re.compile(
+    r"(vae\.|first_stage_model\.)?((en|de)coder\.|(post_)?quant_conv\.|bn\.|conv[12]\.)"
+)
 # What `vae_file` passes over: tensors of training, and constants that some writers add.
 _BESIDE_VAE = re.compile(
     r"(vae\.|first_stage_model\.)?(loss|model_ema)\..*|.*\bnum_batches_tracked"
@@ -30,6 +32,7 @@ _TEXT_ENCODER = re.compile(
     r"(.*\.)?embeddings\.token_embedding\.weight"
     r"|(.*\.)?encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight"
     r"|(.*\.)?layers\.0\.self_attn\.q_norm\.weight"
+    r"|(.*\.)?(?<!encoder\.)layers\.0\.self_attn\.q_proj\.bias"
     r"|(enc\.)?blk\.0\.attn_q\.weight"
 )
 _DENOISER = ("model.diffusion_model.", "first_stage_model.", "double_blocks.", "joint_blocks.")

@@ -1,7 +1,8 @@
 """The names of llama.cpp's GGUF files of text encoders, and what they are in transformers.
 
 Source: `gguf.constants` and `gguf.tensor_mapping` of github.com/ggml-org/llama.cpp. Rows of q and k
-stand as in transformers: llama.cpp reorders them for Llama, not for Qwen3.
+stand as in transformers: llama.cpp reorders them for Llama, not for Qwen. The part of Qwen2.5-VL
+that reads pictures is another file there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from safelight.weights.check import Header, refusal
 from safelight.weights.names import some
 
 _ARCHITECTURE = "general.architecture"
-_KNOWN = ("t5", "t5encoder", "qwen3")
+_KNOWN = ("t5", "t5encoder", "qwen3", "qwen2vl")
 _UNUSED = re.compile(r"output\.weight|rope_freqs\.weight|dec\..*")
 """The head, constants, and T5's decoder: a text encoder has none of them."""
 
@@ -28,7 +29,7 @@ _T5 = {
     "ffn_up": "layer.1.DenseReluDense.wi_1",
     "ffn_down": "layer.1.DenseReluDense.wo",
 }
-_QWEN3 = {
+_QWEN = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -41,7 +42,7 @@ _QWEN3 = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_BLOCK = re.compile(r"(enc\.)?blk\.(\d{1,4})\.(\w+)\.weight")
+_BLOCK = re.compile(r"(enc\.)?blk\.(\d{1,4})\.(\w+)\.(weight|bias)")
 _ENDS = {
     True: {
         "token_embd.weight": "shared.weight",
@@ -54,14 +55,15 @@ _ENDS = {
 def llama_names(header: Header) -> dict[str, str] | None:
     """Return transformers' names by the keys of a file; None if it has no names of llama.cpp.
 
-    Raises SafelightError for another kind of network than T5's encoder or Qwen3, and for keys that
-    belong to neither.
+    Raises SafelightError for another kind of network than T5's encoder, Qwen3 and Qwen2.5-VL, and
+    for keys that belong to none.
     """
     if header.format != "gguf" or "token_embd.weight" not in header.tensors:
         return None
     kind = header.metadata.get(_ARCHITECTURE)
     if kind not in (None, *_KNOWN):
-        raise refusal(header.name, f"a GGUF file of {kind!r:.40}; T5 encoders and Qwen3 are read")
+        known = "T5 encoders, Qwen3 and Qwen2.5-VL are read"
+        raise refusal(header.name, f"a GGUF file of {kind!r:.40}; {known}")
     is_t5 = any(key.startswith("enc.blk.") for key in header.tensors)
     gated = "enc.blk.0.ffn_gate.weight" in header.tensors
     found: dict[str, str] = {}
@@ -72,11 +74,11 @@ def llama_names(header: Header) -> dict[str, str] | None:
         name = _ENDS[is_t5].get(key)
         block = _BLOCK.fullmatch(key)
         if block is not None and bool(block[1]) == is_t5:
-            inner = (_T5 if is_t5 else _QWEN3).get(block[3])
+            inner = (_T5 if is_t5 else _QWEN).get(block[3])
             if is_t5 and not gated and block[3] == "ffn_up":
                 inner = "layer.1.DenseReluDense.wi"
             home = f"encoder.block.{block[2]}" if is_t5 else f"layers.{block[2]}"
-            name = inner and f"{home}.{inner}.weight"
+            name = inner and f"{home}.{inner}.{block[4]}"
         if name is None:
             unknown.append(key)
         else:

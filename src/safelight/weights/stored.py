@@ -74,6 +74,12 @@ def has_codes(weight: Weight) -> bool:
     return math.prod(shape[1:]) % GGML[weight.dtype].numbers == 0
 
 
+def _is_of_one_frame(weight: Weight) -> bool:
+    """Return whether a weight is the last slice in time of a convolution over frames."""
+    stored = weight.header.tensors[weight.key].shape
+    return len(stored) == 5 and weight.shape == (*stored[:2], *stored[3:])
+
+
 def stored_tensor(read: Read, weight: Weight) -> Tensor:
     """Return a weight in its shape, as it is stored; decoded to float32 if no dtype holds it."""
     found = stored_weight(read, weight)
@@ -98,6 +104,8 @@ def stored_weight(read: Read, weight: Weight) -> Tensor | Quantised:
         if whole and not weight.rows and weight.shape[:1] == found.shape[:1]:
             return replace(found, shape=torch.Size(weight.shape))
         found = found.to(torch.float32)  # its rows are not those of the codes
+    if _is_of_one_frame(weight):
+        found = found[:, :, -1].contiguous()
     if weight.rows:
         pieces = [found[start:end] for start, end in weight.rows]
         # One piece stays in the mapped file.

@@ -12,16 +12,20 @@ from safelight.families.base import Part
 from safelight.families.flow_files import KLEIN_4B
 from safelight.families.flux2 import FLUX2_VAE_PART
 from safelight.families.latent import TINY_PART, VAE_CONFIG, VAE_PART
+from safelight.families.qwenimage import QWEN_VAE_PART
+from safelight.families.qwenimage_files import QWEN_IMAGE
 from safelight.weights.check import Header, refusal
 from safelight.weights.find import Source
 from safelight.weights.headers import plain_header_of
 from safelight.weights.names import Weight, renamed, some, vae_names
 from safelight.weights.names_flux2_vae import STATISTICS, flux2_vae_names
+from safelight.weights.names_qwen import FOLDER_NORM, NORM, qwen_vae_names, qwen_vae_unused
 from safelight.weights.networks import check_depth, read_config
 
 _TABLES = {
     VAE_PART.network: (VAE_CONFIG, vae_names),
     FLUX2_VAE_PART.network: (KLEIN_4B.configs["vae"], flux2_vae_names),
+    QWEN_VAE_PART.network: (QWEN_IMAGE.configs["vae"], qwen_vae_names),
 }
 """The published config, and the original code's names, of each kind with a layout of its own."""
 
@@ -62,7 +66,7 @@ def read_vae_file(source: Source, own: Part, like: Mapping[str, Any]) -> VaeFile
     inner = {
         key.removeprefix(prefix): key
         for key in header.tensors
-        if key.startswith(prefix) and not _UNUSED.fullmatch(key.removeprefix(prefix))
+        if key.startswith(prefix) and not _is_unused(key.removeprefix(prefix))
     }
     if not any(key.startswith(("encoder.", "decoder.")) for key in inner):
         raise refusal(source.name, "this is no autoencoder: it has no encoder.* and decoder.*")
@@ -72,16 +76,15 @@ def read_vae_file(source: Source, own: Part, like: Mapping[str, Any]) -> VaeFile
         weights = _placed(header, TINY_PART, inner)
         return VaeFile(TINY_PART, raw, read_config(source, TINY_PART, raw), weights, files)
     part = FLUX2_VAE_PART if STATISTICS in inner else VAE_PART
+    if NORM in inner or FOLDER_NORM in inner:
+        part = QWEN_VAE_PART
+    check_kind(source, part, own)
     published, names_of = _TABLES[part.network]
     raw = like if own is part else published
     config = read_config(source, part, raw)
     levels = len(config.block_out_channels)
-    if any(key.startswith(("decoder.up.", "decoder.mid.")) for key in inner):
-        shapes = {
-            "block_out_channels": config.block_out_channels,
-            "layers_per_block": config.layers_per_block,
-        }
-        names = names_of(shapes)
+    if any(key.startswith(("decoder.up.", "decoder.mid.", "decoder.middle.")) for key in inner):
+        names = names_of(_shapes(config))
         renames = {key: renamed(key, names) for key in inner}
         unknown = [key for key, name in renames.items() if name is None]
         if unknown:
@@ -91,6 +94,26 @@ def read_vae_file(source: Source, own: Part, like: Mapping[str, Any]) -> VaeFile
         raw = {**raw, "decoder_block_out_channels": widths}
         config = read_config(source, part, raw)
     return VaeFile(part, raw, config, _placed(header, part, inner), files)
+
+
+def _is_unused(key: str) -> bool:
+    return _UNUSED.fullmatch(key) is not None or qwen_vae_unused(key)
+
+
+def _shapes(config: Any) -> dict[str, Any]:
+    """Return what names of modules follow from, by the keys of each kind's config."""
+    known = ("block_out_channels", "layers_per_block", "dim_mult", "num_res_blocks")
+    return {key: getattr(config, key) for key in known if hasattr(config, key)}
+
+
+def check_kind(source: Source, part: Part, own: Part) -> None:
+    """Refuse an autoencoder of Qwen-Image for other models, and others for Qwen-Image.
+
+    part, own: it, and the model's own. Those of FLUX.1 have as many channels.
+    """
+    of_qwen = {one.network == QWEN_VAE_PART.network for one in (part, own)}
+    if len(of_qwen) > 1 and part.network != TINY_PART.network:
+        raise refusal(source.name, f"{part.network} does not fit; the model's is {own.network}")
 
 
 def check_latents(source: Source, found: Any, own: Any, count: int) -> None:
