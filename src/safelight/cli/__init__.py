@@ -27,6 +27,7 @@ from safelight.cli import (
     tokens,
     tools,
     train,
+    upscale,
     worker,
 )
 from safelight.cli.output import escape_what_stdout_lacks, fail, help_alone, note, say
@@ -52,6 +53,7 @@ app.command()(tools.models)
 app.command()(tools.inspect)
 app.command()(download.download)
 app.command()(convert.convert)
+app.command()(upscale.upscale)
 app.command()(tools.verify)
 app.command()(tokens.tokens)
 app.command()(serve.serve)
