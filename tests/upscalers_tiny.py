@@ -22,8 +22,8 @@ def esrgan(scale: int = 4) -> nn.Module:
 def compact(scale: int = 2, channels: int = 3) -> nn.Module:
     from spandrel.architectures.Compact import Compact
 
-    sides = {"num_in_ch": channels, "num_out_ch": channels}
-    return lively(Compact(**sides, num_feat=4, num_conv=2, upscale=scale))
+    own = Compact(num_in_ch=channels, num_out_ch=channels, num_feat=4, num_conv=2, upscale=scale)
+    return lively(own)
 
 
 def span() -> nn.Module:

@@ -239,7 +239,7 @@ def read_recipe(source: str | Path | bytes) -> dict[str, Any]:
         texts = _texts(image, name)
     ours, theirs = texts.get("safelight"), texts.get("parameters")
     if ours is not None:
-        return _parse_ours(ours, name)
+        return parsed(ours, name)
     if theirs is None:
         raise SafelightError(f"{name} carries no recipe: neither Safelight's own nor `parameters`")
     try:
@@ -259,7 +259,7 @@ def read_texts(source: str | Path | bytes) -> dict[str, str]:
             return {}
         texts = _texts(image, name)
     if "safelight" in texts:
-        _parse_ours(texts["safelight"], name)
+        parsed(texts["safelight"], name)
     return {key: texts[key] for key in ("parameters", "safelight") if key in texts}
 
 
@@ -281,7 +281,8 @@ def listed_files(used: Any) -> list[Any]:
     return used if isinstance(used, list) else [used]
 
 
-def _parse_ours(text: str, name: str) -> dict[str, Any]:
+def parsed(text: str, name: str = "the picture") -> dict[str, Any]:
+    """Return the recipe of a PNG's text `safelight`. Raises SafelightError if it is not ours."""
     try:
         recipe = json.loads(text)
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["model"], dict):

@@ -55,7 +55,7 @@ def upscale(
     """
     from safelight.picture import check_writable, open_picture, save_picture
     from safelight.recipe import read_texts
-    from safelight.upscaling.names import check_installed, is_lanczos, scaled
+    from safelight.upscaling.names import TILE, check_installed, is_lanczos, scaled
     from safelight.upscaling.record import entry, noted
 
     lanczos = is_lanczos(upscaler)
@@ -72,7 +72,6 @@ def upscale(
         assert scale is not None
         scaled(size, scale)
     import_torch()
-    from safelight.upscaling.tiles import TILE
     from safelight.upscaling.upscaler import load_upscaler, upscaled
 
     network: Upscaler | None = None

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.recipe import png_texts, postprocessed
-from safelight.upscaling.names import LANCZOS
+from safelight.recipe import parsed, png_texts, postprocessed
+from safelight.upscaling.names import LANCZOS, TILE
 
 MOST_TIMES_NOTED = 8
 """The most enlargements of a picture that its recipe notes."""
 
 
 def entry(
-    used: Mapping[str, str] | None, before: tuple[int, int], after: tuple[int, int], tile: int
+    used: Mapping[str, str] | None,
+    before: tuple[int, int],
+    after: tuple[int, int],
+    tile: int = TILE,
 ) -> dict[str, Any]:
     """Return what a recipe notes of an enlargement, in its list `upscaled`.
 
@@ -30,14 +32,18 @@ def noted(texts: Mapping[str, str], done: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts of a PNG that was enlarged. Its recipe stays, and what was done is added.
 
     done: see `entry`. A picture of another program, or without a recipe, gets AUTOMATIC1111's words
-    for it, in the text `parameters` or `postprocessing`.
+    for it, in the text `parameters` or `postprocessing`. Raises SafelightError for a recipe that
+    Safelight did not write.
     """
     if "safelight" in texts:
-        recipe = json.loads(texts["safelight"])
-        before = recipe.get("upscaled", [])
+        recipe = parsed(texts["safelight"])
+        before = checked(recipe)
         if len(before) >= MOST_TIMES_NOTED:
             raise SafelightError(f"the picture was enlarged {len(before)} times already")
-        return png_texts({**recipe, "upscaled": [*before, dict(done)]})
+        try:
+            return png_texts({**recipe, "upscaled": [*before, dict(done)]})
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+            raise SafelightError("its recipe is not one that Safelight writes") from None
     told = ", ".join(f"{key}: {value}" for key, value in postprocessed([done]).items())
     if "parameters" in texts:
         return {"parameters": f"{texts['parameters'].rstrip()}, {told}"}
@@ -55,6 +61,7 @@ def checked(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
         size = one.get("size") if isinstance(one, dict) else None
         good = good and isinstance(size, list) and [type(side) for side in size] == [int, int]
         good = good and isinstance(one.get("name"), str)
+        good = good and isinstance(one.get("scale", 1), int | float)
         good = good and isinstance(one.get("sha256", ""), str)
         good = good and type(one.get("tile", 0)) is int
     if not good:

@@ -15,11 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-TILE = 320
-"""Pixels of a tile's side, with its overlaps. Of a picture of 512x512 it makes four tiles of 288.
+from safelight.upscaling.names import TILE
 
-Real-ESRGAN x4plus takes about 1.5 GB for one.
-"""
 OVERLAP = 32
 BLEND = 8
 LEAST_TILE = 128

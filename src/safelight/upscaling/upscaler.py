@@ -15,9 +15,10 @@ from safelight.engine.capacity import free_memory, out_of_memory
 from safelight.errors import SafelightError
 from safelight.picture import from_tensor, open_picture
 from safelight.pixels import resized
-from safelight.upscaling.names import check_size, passes, scaled
+from safelight.progress import get_on
+from safelight.upscaling.names import TILE, check_size, passes, scaled
 from safelight.upscaling.network import load_network
-from safelight.upscaling.tiles import LEAST_TILE, TILE, Tiled, spans
+from safelight.upscaling.tiles import LEAST_TILE, Tiled, spans
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_file
 from safelight.weights.find import find_upscaler
@@ -42,6 +43,8 @@ class Upscaler:
         self.architecture: str = network.architecture.name
         self.parameters = sum(tensor.numel() for tensor in network.model.parameters())
         self._network = network.to(device)
+        for block in network.model.modules():  # a watchdog sees that it does not hang
+            block.register_forward_pre_hook(_get_on)
         self._whole = network.tiling.name == "INTERNAL"
 
     @property
@@ -151,12 +154,13 @@ def load_upscaler(
     *,
     device: str | torch.device = "auto",
     models_dir: str | Path | None = None,
+    title: str | None = None,
 ) -> Upscaler:
     """Load an upscaler: Real-ESRGAN, ESRGAN, SwinIR, HAT, DAT, SPAN and others that spandrel knows.
 
     name: a file (.pth, .safetensors), or a name in the models folder. device: "auto" (CUDA, else
     MPS, else the CPU) or the name of one. models_dir: the models folder, in place of that of
-    SAFELIGHT_MODELS.
+    SAFELIGHT_MODELS. title: what it is called, in place of the file's name.
 
     Raises SafelightError, one line, if it is not found or not usable, and with the code
     "not_installed" if spandrel is not there.
@@ -167,7 +171,7 @@ def load_upscaler(
     network = load_network(source.path, source.path.name)
     if digest_file(source.path).stamp != digest.stamp:
         raise refusal(source.path.name, "it changed while it was read; load it again")
-    return Upscaler(source.name, digest.sha256, network, where)
+    return Upscaler(title or source.name, digest.sha256, network, where)
 
 
 def upscaled(
@@ -205,6 +209,10 @@ def repeated(
         upscaler = None if path is None else load_upscaler(path, device=device)
         picture = upscaled(picture, upscaler, size, tile=one.get("tile", TILE))
     return picture
+
+
+def _get_on(*_: object) -> None:
+    get_on()
 
 
 def _tensor(picture: Image.Image) -> Tensor:
