@@ -28,7 +28,10 @@ _IP_ADAPTER = re.compile(r"ip[-_]?adapter")
 _LATENT = {"noise": "latent noise", "nothing": "latent nothing"}
 """The web UI's words for what the masked part begins with, where they are not ours."""
 
-USED = ("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder")
+USED = (
+    *("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder"),
+    "upscaler",
+)
 """The keys of a recipe that name files, each by name and SHA-256; `parts` may be a list of them."""
 
 MAX_PARTS = 32

@@ -25,8 +25,8 @@ from safelight.hires import check_hires, taken, unused_hires
 from safelight.keywords import Pictures, RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
 from safelight.region import unused_inpainting
-from safelight.request_fields import PICTURES, RequestFields, draw_seed
-from safelight.request_ranges import MAX_SEED
+from safelight.request_fields import PICTURES, RequestFields
+from safelight.request_ranges import MAX_SEED, draw_seed
 from safelight.settings import document, explained, settings_of, shown
 from safelight.sizes import size_of
 

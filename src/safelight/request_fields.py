@@ -4,7 +4,6 @@ The command line, the three APIs, the page's form, grids, recipes and docs/setti
 from these fields (see `safelight.settings`): a new setting is one new field here.
 """
 
-import secrets
 from typing import Annotated
 
 from PIL.Image import Image
@@ -33,16 +32,13 @@ from safelight.request_ranges import (
     Strength,
     ToldPlace,
     ToldSide,
+    UpscalerName,
+    draw_seed,
 )
 from safelight.settings import About, Texts
 
 PICTURES = ("image", "mask", "control_image", "ip_adapter_image")
 """The settings that are pictures. Recipes and databases have their digests in their place."""
-
-
-def draw_seed() -> int:
-    """Return a random seed of 32 bits: few enough digits to read out to someone."""
-    return secrets.randbelow(2**32)
 
 
 def _samplers() -> tuple[str, ...]:
@@ -267,6 +263,10 @@ class RequestFields(BaseModel):
     ] = Field(
         1.0, description="enlarge the picture so many times and draw it again; 1 is no second pass"
     )
+    hires_upscaler: Annotated[
+        UpscalerName,
+        About(accepts="Lanczos, or an upscaler's name or file", a1111="hr_upscaler", group=_HIRES),
+    ] = Field("Lanczos", description="what enlarges the picture between the passes")
     hires_strength: Annotated[
         Strength,
         About(a1111="denoising_strength", slider=(0.05, 1, 0.05), group=_HIRES),

@@ -1,5 +1,6 @@
 """The ranges of the settings of a picture, as types."""
 
+import secrets
 from typing import Annotated
 
 from pydantic import Field
@@ -29,4 +30,10 @@ CacheEvery = Annotated[Whole, Field(ge=1, le=100)]
 CacheBranch = Annotated[Whole, Field(ge=0, le=100)]
 MaskPadding = Annotated[Whole, Field(ge=0, le=MAX_SIDE)]
 MaskBlur = Annotated[Number, Field(ge=0, le=64)]
+UpscalerName = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f\x7f]+$")]
 HiresScale = Annotated[Number, Field(ge=1, le=4)]
+
+
+def draw_seed() -> int:
+    """Return a random seed of 32 bits: few enough digits to read out to someone."""
+    return secrets.randbelow(2**32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +179,49 @@ def test_a_queue_that_is_full_says_when_to_try_again(
     monkeypatch.setattr(enlargements, "MOST", 0)
     answer = asked(server, upscaler_1="4x-Tiny")
     assert (answer.status, answer.headers["retry-after"]) == (429, "30")
+
+
+# --- hires fix -----------------------------------------------------------------------------------
+
+
+def test_an_upscaler_enlarges_between_two_passes(server: Inside, folder: Path) -> None:
+    """The job equals image to image of what Python's upscaler makes of the first picture."""
+    body = {"prompt": "a cat", "steps": 2, "seed": 5, "sampler_name": "Euler", "width": 64}
+    body |= {"height": 64, "enable_hr": True, "hr_scale": 1.5, "hr_second_pass_steps": 2}
+    body |= {"denoising_strength": 0.5, "hr_upscaler": "4x-Tiny"}
+    answer = server.ask("POST", "/sdapi/v1/txt2img", body)
+    assert answer.status == 200, answer.body
+    png = base64.b64decode(answer.json()["images"][0])
+    told = read_recipe(png)["settings"].items()
+    first = {key: value for key, value in told if value is not None and "hires" not in key}
+    drawn = Image.open(io.BytesIO(server.drawn(**first))).convert("RGB")
+    large = upscaler(folder, "4x-Tiny").upscale(drawn, size=(96, 96))
+    again = {**first, "width": 96, "height": 96, "steps": 4, "strength": 0.5}
+    theirs = Image.open(io.BytesIO(server.drawn(**again, image=as_base64(large))))
+    assert Image.open(io.BytesIO(png)).convert("RGB").tobytes() == theirs.convert("RGB").tobytes()
+    assert read_recipe(png)["upscaler"] == upscaler(folder, "4x-Tiny").used
+    info = json.loads(answer.json()["info"])
+    assert info["extra_generation_params"]["Hires upscaler"] == "4x-Tiny"
+    assert info["warnings"] == [w for w in info["warnings"] if "hr_upscaler" not in w]
+    # One that is not here gives a warning, as before there were any.
+    body |= {"hr_upscaler": "R-ESRGAN 4x+"}
+    answer = server.ask("POST", "/sdapi/v1/txt2img", body)
+    (warning,) = [w for w in json.loads(answer.json()["info"])["warnings"] if "hr_upscaler" in w]
+    assert warning.startswith("hr_upscaler: enlarged with Lanczos: no upscaler 'RealESRGAN_x4plus'")
+    assert answer.json()["parameters"]["hr_upscaler"] == "R-ESRGAN 4x+"
+
+
+def test_a_job_names_no_file_of_the_server(server: Inside, folder: Path) -> None:
+    file = str(folder / "ESRGAN" / "4x-Tiny.pth")
+    for name, why in [(file, "no upscaler "), ("other", "no upscaler 'other'")]:
+        body = {"prompt": "a", "hires_scale": 1.5, "hires_upscaler": name}
+        answer = server.ask("POST", "/api/jobs", body)
+        assert answer.status == 422
+        assert answer.json()["field"] == "hires_upscaler"
+        assert answer.json()["detail"].startswith(why)
+
+
+# --- beside other work ---------------------------------------------------------------------------
 
 
 class Held:

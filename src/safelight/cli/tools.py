@@ -182,7 +182,7 @@ def verify(
     from safelight import machine
     from safelight.adapters.recorded import recorded_files
     from safelight.picture import largest_difference, open_picture, open_pictures
-    from safelight.recipe import USED, enlarge, read_recipe
+    from safelight.recipe import USED, enlarge, listed_files, read_recipe
     from safelight.upscaling.record import checked
     from safelight.weights.library import open_library
 
@@ -237,7 +237,9 @@ def verify(
         loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())
         loaded.library = None  # else the prompt's words could find newer embeddings
         recorded = machine.recorded_machine(recipe)
-        networks = recorded_files({"upscalers": later}, "upscaler", library, upscaler or ())
+        networks = {"upscalers": [*later, *listed_files(used["upscaler"])]}
+        networks = recorded_files(networks, "upscaler", library, upscaler or ())
+        loaded.upscalers.files = networks
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)
             again = result.images[0]

@@ -14,14 +14,14 @@ from safelight.engine import Engine
 from safelight.engine.capacity import Capacity, free_memory, out_of_memory
 from safelight.errors import SafelightError
 from safelight.fast import memory
-from safelight.machine import device_memory
+from safelight.machine import device_memory, pick_device
 from safelight.server.jobs import ModelInfo
 from safelight.server.pulse import Pulse
 from safelight.server.served import Served
 from safelight.server.settings import BESIDE, WorkerSettings
 from safelight.weights.estimate import Estimate, estimate
 from safelight.weights.find import find, find_controlnet, find_image_encoder, find_vae, parts_finder
-from safelight.weights.load import load_model, pick_device
+from safelight.weights.load import load_model
 from safelight.weights.plan import read_plan
 
 if TYPE_CHECKING:

@@ -77,9 +77,9 @@ class Names:
         """Return the models folder's files of a kind; see `Library.entries`."""
         return [] if self.library is None else self.library.entries(kind)
 
-    def upscaler(self, name: str) -> None:
+    def upscaler(self, name: str, field: str) -> None:
         """Raise SafelightError if there is no upscaler of a name, or nothing to read it with."""
-        Upscalers("cpu", self._settings.models_dir, takes_paths=False).check(name)
+        Upscalers("cpu", self._settings.models_dir, takes_paths=False).check(name, field)
 
     def embeddings(self, model: str | None = None) -> dict[str, EmbeddingFile | SafelightError]:
         """Return the embeddings of the models folder by name.
@@ -142,6 +142,8 @@ class Names:
         there = [name for name, given in beside.items() if given is not None]
         check_networks(reader.plan.name, asked, there)
         check_model(reader.plan, asked)
+        if asked.hires_scale > 1:
+            self.upscaler(asked.hires_upscaler, "hires_upscaler")
         for entry in loras:
             _check_made_for(entry, reader.plan)
         reader.check(request)

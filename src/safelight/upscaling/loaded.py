@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safelight.errors import SafelightError
 from safelight.upscaling.names import check_installed, is_lanczos
 from safelight.weights.cache import Stamp, stamp_of
+from safelight.weights.digest import digest_file
 from safelight.weights.find import find_upscaler
 
 if TYPE_CHECKING:
@@ -44,11 +46,26 @@ class Upscalers:
     def __deepcopy__(self, memo: Any) -> Upscalers:
         return self  # networks that do not change are shared by copies of a model
 
-    def check(self, name: str) -> None:
-        """Raise SafelightError if there is no upscaler of a name, or no library to read it."""
-        if not is_lanczos(name):
+    def __reduce__(self) -> Any:
+        return _again, (self.device, self.models_dir, self.takes_paths, self.files)
+
+    def check(self, name: str, field: str | None = None) -> None:
+        """Raise SafelightError if there is no upscaler of a name, or no library to read it.
+
+        field: of the error.
+        """
+        if is_lanczos(name):
+            return
+        try:
             check_installed()
             self._path(name)
+        except SafelightError as error:
+            raise SafelightError(str(error), code=error.code, field=field) from None
+
+    def used(self, name: str) -> dict[str, str]:
+        """Return name and SHA-256 of an upscaler's file, as a recipe has them."""
+        path, title = self._path(name)
+        return {"name": title, "sha256": digest_file(path).sha256}
 
     def get(self, name: str) -> Upscaler | None:
         """Return an upscaler, loaded if it is not; None for Lanczos. Raises as `load_upscaler`."""
@@ -72,3 +89,7 @@ class Upscalers:
             return self.files[name].resolve(), name
         found = find_upscaler(name, models_dir=self.models_dir, takes_paths=self.takes_paths)
         return found.path.resolve(), found.name
+
+
+def _again(device: Any, models_dir: Any, takes_paths: bool, files: Mapping[str, Path]) -> Upscalers:
+    return Upscalers(device, models_dir, takes_paths=takes_paths, files=files)

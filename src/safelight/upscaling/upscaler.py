@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.engine.capacity import free_memory, out_of_memory
-from safelight.errors import SafelightError
+from safelight.errors import SafelightError, first_line
+from safelight.machine import pick_device
 from safelight.picture import from_tensor, open_picture
 from safelight.pixels import resized
 from safelight.progress import get_on
@@ -22,7 +23,6 @@ from safelight.upscaling.tiles import LEAST_TILE, Tiled, spans
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_file
 from safelight.weights.find import find_upscaler
-from safelight.weights.load import pick_device
 
 if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
@@ -103,9 +103,11 @@ class Upscaler:
             # Some layouts keep constants of their own; a mode that is left gives normal tensors.
             with torch.inference_mode():
                 return self._network(picture.to(self.device)).float()
-        except (MemoryError, RuntimeError) as error:
+        except Exception as error:  # a network may not take a size
             if not out_of_memory(error):
-                raise
+                size = "x".join(map(str, picture.shape[:1:-1]))
+                why = f"cannot enlarge a picture of {size}: {first_line(error)}"
+                raise refusal(self.name, why) from None
             free_memory(self.device)
             raise SafelightError(
                 f"{self.name} needs more memory than is free: give a smaller tile, or picture",

@@ -137,10 +137,7 @@ async def _enlarged(
     hub, caller = hub_of(http), caller_of(http.scope).name
     chosen = body.upscalers()
     for field, (name, _) in zip(("upscaler_1", "upscaler_2"), chosen, strict=False):
-        try:
-            await asyncio.to_thread(hub.names.upscaler, name)
-        except SafelightError as error:
-            raise SafelightError(str(error), code=error.code, field=field) from None
+        await asyncio.to_thread(hub.names.upscaler, name, field)
     found: list[str] = []
     warnings = body.warnings()
     for field, text in sent:
