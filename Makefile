@@ -153,6 +153,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py $(KERNELS)
 	$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
+# spandrel requires torchvision, which Safelight leaves out of it (docs/decisions/0107-upscalers-are-spandrels.md), and
+# whose build for CUDA fails beside PyTorch for CPUs.
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(INSTALL) --no-build-isolation --editable '.[dev,train]'
+	$(INSTALL) --no-deps spandrel
 	@touch $@

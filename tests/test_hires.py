@@ -35,8 +35,11 @@ from safelight.server.names import Names
 from safelight.server.settings import WorkerSettings
 from safelight.server.sizes import enlarging_note, fit_to_model
 from safelight.studio.recipes import recipe_settings
+from safelight.upscaling import names as upscaling_names
+from safelight.upscaling.upscaler import load_upscaler
 from safelight.weights.find import find
 from safelight.weights.plan import read_plan
+from tests import upscalers_tiny
 from tests.guiding import controlnet, edges
 from weights_tiny import change, pixel_folder, text_folder, weights, write
 
@@ -634,3 +637,110 @@ def test_the_room_that_pictures_need_on_the_disk() -> None:
     photo, mask = Image.new("RGB", (3000, 2000)), Image.new("L", (3000, 2000), 255)
     part = Request(image=photo, mask=mask, mask_padding=4, width=64, height=64)
     assert _pixels(part) == 3000 * 2000
+
+
+# --- another upscaler between the passes ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def upscalers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with an upscaler."""
+    root = tmp_path_factory.mktemp("upscalers")
+    (root / "ESRGAN").mkdir()
+    upscalers_tiny.saved(root / "ESRGAN" / "4x-Tiny.pth", upscalers_tiny.esrgan())
+    return root
+
+
+@pytest.fixture(scope="module")
+def enlarging(upscalers: Path) -> Model:
+    return safelight.load(device="cpu", dtype="float32", models_dir=upscalers)
+
+
+NETWORK = {**FIRST, "sampler": "euler", **SECOND, "hires_upscaler": "4x-Tiny"}
+
+
+def test_an_upscaler_enlarges_between_the_passes(
+    enlarging: Model, upscalers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It equals image to image of what the upscaler makes of the first picture."""
+    made = enlarging.generate("a cat", **NETWORK, count=2)
+    network = load_upscaler("4x-Tiny", models_dir=upscalers, device="cpu")
+    first = {**FIRST, "sampler": "euler", "count": 2}
+    drawn = enlarging.generate("a cat", **first)
+    again = {**first, "width": 96, "height": 112, "count": 1, "strength": 0.6, "steps": 5}
+    theirs = [
+        enlarging.generate(
+            "a cat", **{**again, "seed": seed, "image": network.upscale(image, size=SIZE)}
+        ).images[0]
+        for seed, image in zip(drawn.seeds, drawn.images, strict=True)
+    ]
+    assert equal(made.images, theirs)
+    assert not equal(made.images, enlarging.generate("a cat", **first, **SECOND).images)
+    recipe = made.recipe()
+    assert recipe["upscaler"] == network.used
+    text = recipe_text(recipe)
+    assert "Hires upscaler: 4x-Tiny" in text
+    assert settings_in(text)["hires_upscaler"] == "4x-Tiny"
+
+    made.save(tmp_path / "cat.png")
+    path = str(tmp_path / "cat-1.png")
+    assert cli.run(["verify", path, "--models-dir", str(upscalers)]) == 0
+    file = upscalers / "ESRGAN" / "4x-Tiny.pth"
+    assert cli.run(["verify", path, "--upscaler", str(file)]) == 0
+    assert capsys.readouterr().out == "0\n0\n"
+    assert cli.run(["verify", path]) == 2
+    assert "upscaler 4x-Tiny of SHA-256" in capsys.readouterr().err
+
+
+def test_a_path_is_recorded_as_a_name(model: Model, upscalers: Path) -> None:
+    asked = {**NETWORK, "hires_upscaler": str(upscalers / "ESRGAN" / "4x-Tiny.pth")}
+    made = model.generate("a cat", **asked)
+    assert made.settings["hires_upscaler"] == "4x-Tiny"
+    assert str(upscalers) not in json.dumps(made.recipe())
+
+
+def test_each_tile_is_a_step_of_the_engine(enlarging: Model) -> None:
+    """So others have their turn between two tiles, and a dropped picture makes no more of them."""
+    engine = Engine(enlarging)
+    size = {"width": 512, "height": 128, "steps": 1, "seed": 5, "sampler": "euler"}
+    second = {"hires_scale": 1.5, "hires_steps": 2, "hires_upscaler": "4x-Tiny"}
+    request = Request(prompt="a", **second, **size)
+    engine.add(request, tag="ours")
+    while not (engine.tickets and engine.tickets[0].later is None):
+        engine.step()
+    ticket, steps = engine.tickets[0], 0
+    while ticket._tiles is not None:
+        assert engine.step() == ([], [])
+        steps += 1
+    assert steps == 3  # two tiles, and what was made; loading was in the step that decoded
+    engine.drop("ours")
+    assert not engine.busy
+
+
+def test_an_upscaler_that_is_not_there_is_refused_before_the_first_pass(
+    enlarging: Model, upscalers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = Names(WorkerSettings("embedded", "", "", models_dir=str(upscalers)))
+    file = upscalers / "ESRGAN" / "4x-Tiny.pth"
+    request = Request(prompt="a", **{**NETWORK, "hires_upscaler": "none"})
+    for check in (enlarging.generate, names.check):
+        with pytest.raises(SafelightError, match="no upscaler 'none' in the models folder") as told:
+            check(request)
+        assert told.value.field == "hires_upscaler"
+    # A client of the server names no path.
+    with pytest.raises(SafelightError, match="no upscaler "):
+        names.check(Request(prompt="a", **{**NETWORK, "hires_upscaler": str(file)}))
+    names.check(Request(prompt="a", **NETWORK))
+    names.check(Request(prompt="a", hires_upscaler="none"))  # nothing is enlarged
+    monkeypatch.setattr(upscaling_names, "find_spec", lambda name: None)
+    with pytest.raises(SafelightError, match=r"pip install 'safelight\[upscale\]'"):
+        enlarging.generate("a", **NETWORK)
+    with pytest.raises(SafelightError, match="hires_upscaler must be Lanczos, or an upscaler's"):
+        Request(prompt="a", hires_upscaler="")
+
+
+def test_without_a_second_pass_an_upscaler_gives_a_warning(enlarging: Model) -> None:
+    made = enlarging.generate("a", **FIRST, hires_upscaler="4x-Tiny")
+    assert "hires_upscaler does nothing without hires_scale: give one above 1 as well" in (
+        made.warnings
+    )

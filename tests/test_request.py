@@ -404,7 +404,7 @@ class TestResult:
 class TestPackage:
     def test_exported_names(self):
         assert safelight.__all__ == sorted(
-            ["Model", "Request", "Result", "SafelightError", "__version__", "load"]
+            ["Model", "Request", "Result", "SafelightError", "__version__", "load", "load_upscaler"]
         )
         for name in safelight.__all__:
             assert getattr(safelight, name) is not None

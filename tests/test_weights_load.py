@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 
 from safelight import cli
 from safelight.families import FAMILIES, sd
+from safelight.machine import pick_device
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.unet import UNet2DConditionModel
 from safelight.nets.unet2d import UNet2DModel
 from safelight.weights import inspect, load, load_model
 from safelight.weights.find import Source
 from safelight.weights.lender import missing
-from safelight.weights.load import pick_device, pick_dtype
+from safelight.weights.load import pick_dtype
 from safelight.weights.names import open_clip_names, unet_names, vae_names
 from safelight.weights.plan import read_plan
 from weights_tiny import FAMILY, change, part_weights, pixel_folder, refused, text_folder, write

@@ -20,9 +20,18 @@ if TYPE_CHECKING:
     from safelight.model import Model
     from safelight.request import Request
     from safelight.result import Result
+    from safelight.upscaling.upscaler import load_upscaler
     from safelight.weights import load_model as load
 
-__all__ = ["Model", "Request", "Result", "SafelightError", "__version__", "load"]
+__all__ = [
+    "Model",
+    "Request",
+    "Result",
+    "SafelightError",
+    "__version__",
+    "load",
+    "load_upscaler",
+]
 
 _HOMES = {
     "Model": ("safelight.model", "Model"),
@@ -30,6 +39,7 @@ _HOMES = {
     "Result": ("safelight.result", "Result"),
     "SafelightError": ("safelight.errors", "SafelightError"),
     "load": ("safelight.weights", "load_model"),
+    "load_upscaler": ("safelight.upscaling.upscaler", "load_upscaler"),
 }
 
 

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from safelight.request import Request
     from safelight.weights.plan import Plan
 
-HIRES = ("hires_scale", "hires_strength", "hires_steps")
+HIRES = ("hires_scale", "hires_upscaler", "hires_strength", "hires_steps")
 """The settings of the second pass."""
 
 MOST_STEPS = 1000
 """The most hires_steps of a request."""
 
 UPSCALER = "Lanczos"
-"""What enlarges the picture between the passes, by AUTOMATIC1111's name."""
+"""What enlarges the picture between the passes by default, by AUTOMATIC1111's name."""
 
 
 # --- what fits together --------------------------------------------------------------------------
@@ -140,8 +140,8 @@ def of_second_pass(request: Request) -> Request:
 def second_pass(request: Request, native: tuple[int, int], picture: Image | None = None) -> Request:
     """Return the request of the second pass of a resolved request. It is to be `fitted`.
 
-    picture: of the first pass. None: only what does not depend on pictures is needed. native: the
-    model's own width and height.
+    picture: of the first pass, enlarged already if a network did it. None: only what does not
+    depend on pictures is needed. native: the model's own width and height.
     """
     width, height = final_size(request, native)
     changed: dict[str, Any] = {"width": width, "height": height}
@@ -185,5 +185,5 @@ def infotext(settings: Mapping[str, Any]) -> dict[str, Any]:
         "Denoising strength": settings["hires_strength"],
         "Hires upscale": settings["hires_scale"],
         "Hires steps": taken,
-        "Hires upscaler": UPSCALER,
+        "Hires upscaler": settings.get("hires_upscaler", UPSCALER),
     }

@@ -59,6 +59,7 @@ class GenerateSettings(TypedDict, total=False):
     control_start: float
     control_end: float
     hires_scale: float
+    hires_upscaler: str
     hires_strength: float
     hires_steps: int | None
     ip_adapter_image: Image | None

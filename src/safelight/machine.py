@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from safelight.errors import SafelightError
 from safelight.fast import memory, variant
 
 COMPANY = {"float32": 2, "bfloat16": 64}
@@ -33,6 +34,22 @@ _WORDS = {
     "torch": "the version of PyTorch was",
     "kernels": "the kernels were",
 }
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """Return a device by its name. Raises SafelightError, with the devices there, for others."""
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if str(name) == "auto":
+        return torch.device(there[0])
+    if str(name) not in there:
+        known = "only cpu" if there == ["cpu"] else ", ".join(there)
+        hint = "" if str(name).split(":")[0] in ("cuda", "mps") else "; a GPU is called cuda or mps"
+        raise SafelightError(f"device {str(name)!r:.40} is not there; there is {known}{hint}")
+    return torch.device(name)
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from safelight.prompt.styles import Style
     from safelight.request import Request
     from safelight.result import Result
+    from safelight.upscaling.loaded import Upscalers
     from safelight.weights.library import Library
     from safelight.weights.stored import Stored
 
@@ -207,6 +208,14 @@ class Model:
         from safelight.adapters.select import Adapters
 
         return Adapters(self)
+
+    @cached_property
+    def upscalers(self) -> Upscalers:
+        """Loads the networks that enlarge its pictures between two passes."""
+        from safelight.upscaling.loaded import Upscalers
+
+        root = None if self.library is None else self.library.root
+        return Upscalers(self.device, root, takes_paths=self.takes_paths)
 
     def adapted(self, loras: Sequence[str], *, unmatched: Unmatched = "error") -> Model:
         """Return a model with LoRAs and their kin merged, which shares all else with this one.

@@ -6,7 +6,7 @@ A PNG holds two of them: exact JSON of our own in the text `safelight`, and AUTO
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,10 @@ _IP_ADAPTER = re.compile(r"ip[-_]?adapter")
 _LATENT = {"noise": "latent noise", "nothing": "latent nothing"}
 """The web UI's words for what the masked part begins with, where they are not ours."""
 
-USED = ("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder")
+USED = (
+    *("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder"),
+    "upscaler",
+)
 """The keys of a recipe that name files, each by name and SHA-256; `parts` may be a list of them."""
 
 MAX_PARTS = 32
@@ -95,6 +98,7 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     if "enlarged" in recipe and "Hires upscale" not in pairs:
         pairs["Hires resize"] = "{}x{}".format(*recipe["enlarged"])
         pairs["Hires upscaler"] = "Lanczos"
+    pairs |= postprocessed(recipe.get("upscaled", []))
     pairs["Version"] = f"Safelight {recipe['safelight']}"
     loras = recipe.get("loras", [])
     if loras:
@@ -166,6 +170,16 @@ def enlarge(
     return image.resize(size, Image.Resampling.LANCZOS), {**recipe, "enlarged": list(size)}
 
 
+def postprocessed(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return AUTOMATIC1111's pairs for the enlargements that a recipe notes; it has the last."""
+    if not done:
+        return {}
+    return {
+        "Postprocess upscale by": f"{done[-1]['scale']:g}",
+        "Postprocess upscaler": _plain(done[-1]["name"]),
+    }
+
+
 def _quoted(value: object) -> str:
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
@@ -225,21 +239,42 @@ def read_recipe(source: str | Path | bytes) -> dict[str, Any]:
     with opened(source, name) as image:
         if not isinstance(image, PngImagePlugin.PngImageFile):
             raise SafelightError(f"{name} must be a PNG to carry a recipe, not {image.format}")
-        try:
-            texts = image.text
-        except Exception as error:  # decoders of broken files raise anything
-            raise SafelightError(f"{name} is damaged or cut off ({reason(error)})") from None
+        texts = _texts(image, name)
     ours, theirs = texts.get("safelight"), texts.get("parameters")
-    if len(ours or theirs or "") > MAX_RECIPE:
-        raise SafelightError(f"{name} has a recipe of more than {MAX_RECIPE >> 10} KiB")
     if ours is not None:
-        return _parse_ours(ours, name)
+        return parsed(ours, name)
     if theirs is None:
         raise SafelightError(f"{name} carries no recipe: neither Safelight's own nor `parameters`")
     try:
         return parse_recipe_text(theirs)
     except SafelightError as error:
         raise SafelightError(f"{name} carries no recipe: {error}") from None
+
+
+def read_texts(source: str | Path | bytes) -> dict[str, str]:
+    """Return the texts of a picture that hold a recipe: `safelight`, `parameters`, both or none.
+
+    Raises SafelightError as `read_recipe` does, but not for a picture without a recipe.
+    """
+    name = name_of(source, "picture")
+    with opened(source, name) as image:
+        if not isinstance(image, PngImagePlugin.PngImageFile):
+            return {}
+        texts = _texts(image, name)
+    if "safelight" in texts:
+        parsed(texts["safelight"], name)
+    return {key: texts[key] for key in ("parameters", "safelight") if key in texts}
+
+
+def _texts(image: PngImagePlugin.PngImageFile, name: str) -> dict[str, str]:
+    """Return the texts of a PNG. Raises SafelightError if it is broken, or its recipe too long."""
+    try:
+        texts = image.text
+    except Exception as error:  # decoders of broken files raise anything
+        raise SafelightError(f"{name} is damaged or cut off ({reason(error)})") from None
+    if len(texts.get("safelight") or texts.get("parameters") or "") > MAX_RECIPE:
+        raise SafelightError(f"{name} has a recipe of more than {MAX_RECIPE >> 10} KiB")
+    return {key: str(text) for key, text in texts.items()}
 
 
 def listed_files(used: Any) -> list[Any]:
@@ -249,7 +284,8 @@ def listed_files(used: Any) -> list[Any]:
     return used if isinstance(used, list) else [used]
 
 
-def _parse_ours(text: str, name: str) -> dict[str, Any]:
+def parsed(text: str, name: str = "the picture") -> dict[str, Any]:
+    """Return the recipe of a PNG's text `safelight`. Raises SafelightError if it is not ours."""
     try:
         recipe = json.loads(text)
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["model"], dict):

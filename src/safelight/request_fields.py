@@ -28,6 +28,7 @@ from safelight.request_ranges import (
     Strength,
     ToldPlace,
     ToldSide,
+    UpscalerName,
 )
 from safelight.settings import About
 
@@ -153,6 +154,10 @@ class RequestFields(BasicFields):
     ] = Field(
         1.0, description="enlarge the picture so many times and draw it again; 1 is no second pass"
     )
+    hires_upscaler: Annotated[
+        UpscalerName,
+        About(accepts="Lanczos, or an upscaler's name or file", a1111="hr_upscaler", group=_HIRES),
+    ] = Field("Lanczos", description="what enlarges the picture between the passes")
     hires_strength: Annotated[
         Strength,
         About(a1111="denoising_strength", slider=(0.05, 1, 0.05), group=_HIRES),

@@ -28,6 +28,7 @@ class Result:
     controlnet: name and sha256 of the ControlNet that guided the pictures, if one did.
     ip_adapter, image_encoder: the same of the IP-Adapter that read a picture as a prompt, and of
       the network that it reads with, if one did.
+    upscaler: the same of the network that enlarged the pictures between two passes, if one did.
     loras: for each seed with LoRAs, their name, weights, SHA-256, A1111's hash, and whether it
       stands in the prompt.
     """
@@ -52,6 +53,7 @@ class Result:
     controlnet: dict[str, str] | None = None
     ip_adapter: dict[str, str] | None = None
     image_encoder: dict[str, str] | None = None
+    upscaler: dict[str, str] | None = None
     loras: dict[int, tuple[dict[str, Any], ...]] = field(default_factory=dict)
 
     def recipe(self, i: int = 0) -> dict[str, Any]:
@@ -85,6 +87,7 @@ class Result:
             **({} if self.controlnet is None else {"controlnet": self.controlnet}),
             **({} if self.ip_adapter is None else {"ip_adapter": self.ip_adapter}),
             **({} if self.image_encoder is None else {"image_encoder": self.image_encoder}),
+            **({} if self.upscaler is None else {"upscaler": self.upscaler}),
             **({} if self.prediction_type is None else {"prediction_type": self.prediction_type}),
             **({"embeddings": embeddings} if embeddings else {}),
             **({"loras": list(self.loras[seed])} if seed in self.loras else {}),

@@ -253,7 +253,7 @@ def test_what_a_body_means(plan: Plan, body: dict[str, Any], wanted: tuple[Any, 
     [
         ({"hr_upscaler": "Latent"}, "hr_upscaler: enlarged with Lanczos"),
         ({"hr_upscaler": "None"}, "hr_upscaler: enlarged with Lanczos"),
-        ({"hr_upscaler": "R-ESRGAN 4x+"}, "hr_upscaler: enlarged with Lanczos"),
+        ({"hr_upscaler": "Latent (nearest)"}, "hr_upscaler: enlarged with Lanczos"),
         ({"hr_sampler_name": "DPM++ 2M"}, "hr_sampler_name: the second pass has the sampler of"),
         ({"hr_sampler_name": "Magic"}, "hr_sampler_name: the second pass has the sampler of"),
         ({"hr_scheduler": "Karras"}, "hr_scheduler: the second pass has the scheduler of"),

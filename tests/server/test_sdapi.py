@@ -1086,7 +1086,7 @@ class TestLists:
         if name:  # AUTOMATIC1111's clients send an empty name for none
             assert refused(call("txt2img", body), 404) == line
 
-    def test_pictures_are_enlarged_with_lanczos_alone(self, api):
+    def test_without_a_models_folder_pictures_are_enlarged_with_lanczos_alone(self, api):
         assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos"]
 
     def test_what_is_not_here_is_an_empty_list(self, api):

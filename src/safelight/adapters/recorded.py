@@ -1,4 +1,4 @@
-"""The files of the LoRAs and embeddings that a recipe names, found by name and hash."""
+"""The files of the LoRAs, embeddings and upscalers that a recipe names, found by name and hash."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 def recorded_files(
     recipe: dict[str, Any], kind: str, library: Library | None, given: Sequence[str]
 ) -> dict[str, Path]:
-    """Return the path of each LoRA or embedding of a recipe, by its name there.
+    """Return the path of each LoRA, embedding or upscaler of a recipe, by its name there.
 
-    kind: "lora" or "embedding". library: the models folder, if there is one. given: paths that are
-    looked at first. The recipe may be a stranger's: nothing in it is taken for a path.
+    kind: "lora", "embedding" or "upscaler". library: the models folder, if there is one. given:
+    paths that are looked at first. The recipe may be a stranger's: nothing in it is taken for a
+    path.
 
     Raises SafelightError for one whose file is not found.
     """
@@ -31,6 +32,8 @@ def recorded_files(
     for record in records if isinstance(records, list) else ():
         told = record if isinstance(record, dict) else {}
         name, sha256 = told.get("name"), told.get("sha256")
+        if kind == "upscaler" and sha256 is None:  # a filter, which has no file
+            continue
         if not isinstance(name, str) or not isinstance(sha256, str):
             raise SafelightError(f"the recipe's {kind}s are not as Safelight writes them")
         path = there.get(sha256) or (library and _in_library(library, kind, name, sha256))

@@ -27,6 +27,7 @@ from safelight.cli import (
     tokens,
     tools,
     train,
+    upscale,
     worker,
 )
 from safelight.cli.commands import AliasedCommand, PromptCommand
@@ -53,6 +54,7 @@ app.command()(tools.models)
 app.command()(tools.inspect)
 app.command()(download.download)
 app.command()(convert.convert)
+app.command()(upscale.upscale)
 app.command(cls=AliasedCommand)(tools.verify)
 app.command(cls=PromptCommand)(tokens.tokens)
 app.command()(serve.serve)

@@ -157,6 +157,9 @@ def verify(
     embedding: Annotated[
         list[str] | None, Option(help="The file of an embedding, if any.", show_default=False)
     ] = None,
+    upscaler: Annotated[
+        list[str] | None, Option(help="The file of an upscaler, if any.", show_default=False)
+    ] = None,
     image: Annotated[
         str | None, Option(help="The picture it started from, if any.", show_default=False)
     ] = None,
@@ -191,8 +194,9 @@ def verify(
     from safelight import machine
     from safelight.adapters.recorded import recorded_files
     from safelight.picture import largest_difference, open_picture, open_pictures
-    from safelight.recipe import USED, enlarge, read_recipe
+    from safelight.recipe import USED, enlarge, listed_files, read_recipe
     from safelight.settings import settings_of
+    from safelight.upscaling.record import checked
     from safelight.weights.library import open_library
 
     recipe = read_recipe(png)
@@ -204,7 +208,7 @@ def verify(
         raise SafelightError(
             f"{png[-100:]!r} is a grid of several pictures: verify takes one picture"
         )
-    picture = open_picture(png)
+    picture, later = open_picture(png), checked(recipe)
     given: dict[str, Any] = {"image": image, "mask": mask, "control_image": control_image}
     given |= {"ip_adapter_image": ip_adapter_image, "reference_images": reference}
     try:
@@ -252,11 +256,18 @@ def verify(
         loaded.embedding_files = recorded_files(recipe, "embedding", library, embedding or ())
         loaded.library = None  # else the prompt's words could find newer embeddings
         recorded = machine.recorded_machine(recipe)
+        networks = {"upscalers": [*later, *listed_files(used["upscaler"])]}
+        networks = recorded_files(networks, "upscaler", library, upscaler or ())
+        loaded.upscalers.files = networks
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)
-    again = result.images[0]
-    if recipe.get("enlarged") == list(picture.size):
-        again, _ = enlarge(again, recipe, picture.size)
+            again = result.images[0]
+            if not later and recipe.get("enlarged") == list(picture.size):
+                again, _ = enlarge(again, recipe, picture.size)
+            if later:
+                from safelight.upscaling.upscaler import repeated
+
+                again = repeated(again, later, networks, recipe.get("enlarged"), device or "auto")
     difference = largest_difference(picture, again)
     say(difference)
     if not difference:

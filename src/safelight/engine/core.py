@@ -262,7 +262,8 @@ class Engine:
 
     def _prepare(self, ticket: Ticket) -> tuple[list[Ticket], list[Ticket]]:
         try:
-            _ = ticket.job
+            if not ticket.enlarge():
+                _ = ticket.job
         except SafelightError as error:
             return [], self._fail([ticket], error)
         except (MemoryError, RuntimeError) as error:  # from a large input picture

@@ -1,14 +1,15 @@
-"""The second pass of a picture, which begins when the first is decoded."""
+"""The second pass of a picture, which begins when the first is decoded, and perhaps enlarged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from safelight.engine.refining import table_of
 from safelight.engine.requests import latents_of
 from safelight.engine.ticket import Later
-from safelight.hires import about_second_pass, second_pass
+from safelight.hires import about_second_pass, final_size, second_pass
+from safelight.upscaling.names import is_lanczos
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,4 +41,15 @@ def later_of(
     def begin(picture: Image) -> tuple[Model, Job]:
         return make(second_pass(request, native, picture))
 
-    return Later(table, size(latents_of(model, planned)), begin)
+    def enlarge(picture: Image) -> Iterator[Image | None]:
+        with about_second_pass():
+            upscaler = model.upscalers.get(request.hires_upscaler)
+            assert upscaler is not None
+            work = upscaler.begin(picture, size=final_size(request, native))
+        yield None  # loading it was a step
+        for _ in work:
+            yield None
+        yield work.picture
+
+    own = None if is_lanczos(request.hires_upscaler) else enlarge
+    return Later(table, size(latents_of(model, planned)), begin, own)

@@ -28,6 +28,7 @@ from safelight.result import Result
 from safelight.sampling import SAMPLERS
 from safelight.settings import settings_of
 from safelight.sizes import SIDE_STEP, drawable_size, is_small, unlike_native
+from safelight.upscaling.names import is_lanczos
 
 if TYPE_CHECKING:
     from safelight.adapters.select import Selection
@@ -46,6 +47,8 @@ def resolve_request(model: Model, request: Request) -> Request:
     check_networks(model.name, request, [name for name, net in beside.items() if net is not None])
     check_model(model, request)
     check_references(model, request)
+    if request.hires_scale > 1:
+        model.upscalers.check(request.hires_upscaler, "hires_upscaler")
     request = shortened(request, model).with_defaults(model.defaults)
     # A recipe with None would draw the picture again with the model's own values.
     whole = {"guidance_start": 0.0, "guidance_end": 1.0}
@@ -94,6 +97,10 @@ def new_result(model: Model, asked: Request, resolved: Request, exact: bool = Tr
         ip_adapter=prompted.get("ip_adapter"),
         image_encoder=prompted.get("image_encoder"),
     )
+    if resolved.hires_scale > 1 and not is_lanczos(resolved.hires_upscaler):
+        result.upscaler = model.upscalers.used(resolved.hires_upscaler)
+        # By name: a path would tell about this machine.
+        result.settings["hires_upscaler"] = result.upscaler["name"]
     if resolved.dynamic_prompts or resolved.styles:
         texts = list(_styled(model, resolved))
         for seed in seeds:

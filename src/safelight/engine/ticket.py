@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,14 @@ class Later:
     """The second pass of a picture whose first is being drawn; see `safelight.hires`.
 
     table, size: of its job, as in `Ticket`. begin: makes that job, and the model that draws it, of
-    the first pass's picture.
+    the first pass's picture. enlarge: enlarges that picture before, if a network does it: yields
+    None after each tile, and then the enlarged picture.
     """
 
     table: Table
     size: float
     begin: Callable[[Image.Image], tuple[Model, Job]]
+    enlarge: Callable[[Image.Image], Iterator[Image.Image | None]] | None = None
 
 
 @dataclass(eq=False)
@@ -59,6 +61,7 @@ class Ticket:
     error: Exception | None = None
     _made: tuple[Model, Job] | None = None
     _before: int = 0
+    _tiles: tuple[Later, Iterator[Image.Image | None]] | None = None
 
     def go_on(self, picture: Image.Image) -> None:
         """Begin the second pass from the picture of the first; its job is made at its turn."""
@@ -67,6 +70,17 @@ class Ticket:
         self._before += len(self.table.rows)
         self.table, self.size = later.table, later.size
         self.prepare, self._made = partial(later.begin, picture), None
+        if later.enlarge is not None:
+            self._tiles = later, later.enlarge(picture)
+
+    def enlarge(self) -> bool:
+        """Make a tile of the picture between the passes. Return False if there is none to make."""
+        if self._tiles is None:
+            return False
+        later, tiles = self._tiles
+        if (picture := next(tiles)) is not None:
+            self.prepare, self._tiles = partial(later.begin, picture), None
+        return True
 
     @property
     def job(self) -> Job:

@@ -13,8 +13,9 @@ Its modules, by subject:
 - HTTP: run, app, listening, guard, sites, callers, bodies, limits, connections, disconnects,
   streams, tokens, entrance, keyring, wording, apis
 - what the routes ask for: hub, jobs, intake, uploads, costs, names, sizes, served, catalogue,
-  events, webhooks, threads, metrics, logs, tracing
+  events, webhooks, threads, metrics, logs, tracing, enlargements
 - pictures of strangers: decoding, decoder, caged, turns
-- the worker: settings, process, supervisor, pulse, steps, worker, holder, held, loaded, previews
+- the worker: settings, process, supervisor, pulse, steps, worker, holder, held, loaded, previews,
+  upscaling
 - a fleet of workers: fleet, station, wire, crew, on_ray, scaling
 """

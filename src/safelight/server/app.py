@@ -15,7 +15,15 @@ from fastapi_offline import FastAPIOffline
 
 from safelight import __version__
 from safelight.errors import SafelightError
-from safelight.server.apis import library, openai, ours, sdapi, sdapi_control, sdapi_facts
+from safelight.server.apis import (
+    library,
+    openai,
+    ours,
+    sdapi,
+    sdapi_control,
+    sdapi_extras,
+    sdapi_facts,
+)
 from safelight.server.decoding import Decoders
 from safelight.server.guard import Guard, Rules
 from safelight.server.hub import Hub
@@ -75,7 +83,8 @@ def application(
     app.include_router(ours.router, responses=problems(400, 422, model=ours.Problem))
     app.include_router(library.router, responses=problems(400, 422, model=ours.Problem))
     app.include_router(openai.router, responses=problems(400, 404, 413, 422, 429, 500, 503))
-    for router in (sdapi.router, sdapi_facts.router, sdapi_control.router):
+    for api in (sdapi, sdapi_facts, sdapi_control, sdapi_extras):
+        router = api.router
         app.include_router(router, responses=problems(404, 413, 422, 429, 500, model=ours.Problem))
     app.add_api_route("/", root, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(SafelightError, refused)

@@ -21,6 +21,19 @@ async def attended(receive: Receive, hub: Hub, job_id: str, work: Awaitable[T]) 
     exception is raised. receive: of a request whose body has been read.
     """
 
+    try:
+        return await while_there(receive, work)
+    except BaseException:
+        await asyncio.shield(hub.cancel(job_id))
+        raise
+
+
+async def while_there(receive: Receive, work: Awaitable[T]) -> T:
+    """Return the result of `work`; cancel it and raise ClientDisconnect if the client leaves.
+
+    receive: of a request whose body has been read.
+    """
+
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -31,9 +44,6 @@ async def attended(receive: Receive, hub: Hub, job_id: str, work: Awaitable[T]) 
         if not working.done():
             raise ClientDisconnect
         return working.result()
-    except BaseException:
-        await asyncio.shield(hub.cancel(job_id))
-        raise
     finally:
         working.cancel()
         leaving.cancel()

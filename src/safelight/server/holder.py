@@ -21,6 +21,7 @@ from safelight.server.pulse import Pulse
 from safelight.server.settings import WorkerSettings
 from safelight.server.store import Store, new_id
 from safelight.server.tracing import JobSpans
+from safelight.server.upscaling import Upscaling
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ class Holder:
         self._spans = JobSpans(self._id)
         self._started = self._stopping = self._draining = self._woken = False
         self._over = threading.Event()
+        self._upscaling = Upscaling(settings, pulse)
 
     # --- what a Worker has -----------------------------------------------------------------------
 
@@ -96,8 +98,12 @@ class Holder:
                 self._woken = True
             elif kind == "drain":
                 self._draining = True
+            elif kind in ("upscale", "stop upscaling"):
+                self._upscaling.on_message(kind, rest)
             elif kind == "stop":
                 self._stopping = True
+        for answer in self._upscaling.answers():
+            self._pipe.send(answer)
         self._pulse.count()
 
     def _tell(self, kind: str, held: Held) -> None:

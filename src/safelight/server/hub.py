@@ -16,6 +16,7 @@ from safelight.request import Request
 from safelight.server import tracing
 from safelight.server.catalogue import Catalogue
 from safelight.server.costs import cost, pixel_steps, steps_of
+from safelight.server.enlargements import Enlargements
 from safelight.server.events import Events
 from safelight.server.files import Files
 from safelight.server.fleet import Elsewhere, Fleet
@@ -80,6 +81,7 @@ class Hub:
         self.supervisor = self._supervise(child)
         own = isinstance(self.supervisor, Supervisor)
         self.catalogue = Catalogue(settings, self._send, self._in_database, own_worker=own)
+        self.enlargements = Enlargements(self.root, self.supervisor)
         self._steps = Steps()
         self._stuck: str | None = None
 
@@ -153,7 +155,8 @@ class Hub:
         found = self.fleet.trouble or self.supervisor.trouble or self._stuck
         if found is None:
             try:
-                await self._threads.with_files(self._look)
+                await self._threads.with_files(self.files.make_sure)
+                await self._in_database(self.store.counts)
             except StorageError as error:
                 return str(error)
             if isinstance(self.supervisor, Supervisor):  # the fleet's workers report it themselves
@@ -163,10 +166,6 @@ class Hub:
                 found = None if well else "the worker could not take a step"
         return found
 
-    def _look(self) -> None:
-        self.files.make_sure()
-        self.store.counts()
-
     def _on_message(self, kind: str, rest: list[Any], *, fleet: bool = False) -> None:
         if self.catalogue.on_message(kind, rest):
             if kind == "ready":
@@ -175,6 +174,8 @@ class Hub:
             self._steps.answer(rest[0])
         elif kind == "stuck":
             self._stuck = rest[0]
+        elif kind == "upscaled":
+            self.enlargements.answer(*rest)
         else:
             if kind == "progress" and rest[1] and not fleet:
                 self._steps.answer(True)
@@ -233,13 +234,12 @@ class Hub:
         if plan is None and not sized and "pixel_steps" in self.keys.limits(owner):
             await self.facts(name)  # without them it would count as 512 × 512 pixels
         native = self.catalogue.size(name) if plan is None else plan.native_size
-        job_id = new_id()
         # Large pictures take a while to write, and must not hold up jobs without pictures.
         submitting = self._threads.with_inputs if request.pictures else self._in_database
         job, new = await submitting(
             partial(
                 accept,
-                *(self.files, self.store, job_id, request, asked),
+                *(self.files, self.store, new_id(), request, asked),
                 known=plan is not None,
                 client=client,
                 cost=cost(request, steps, native, plan),

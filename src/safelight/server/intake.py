@@ -11,7 +11,7 @@ from typing import Any
 from safelight.defaults import BY_MODEL
 from safelight.errors import StorageError
 from safelight.families.control import CONTROL, IP_ADAPTER
-from safelight.hires import HIRES
+from safelight.hires import HIRES, UPSCALER
 from safelight.region import INPAINTING
 from safelight.request import Request
 from safelight.server.files import Files
@@ -51,6 +51,7 @@ def accept(
     newer = [*CONTROL] if request.control_image is None else []
     newer += IP_ADAPTER if request.ip_adapter_image is None else ()
     newer += HIRES if request.hires_scale == 1 else ()
+    newer += ["hires_upscaler"] if request.hires_upscaler == UPSCALER else []
     newer += INPAINTING if request.mask is None else ()
     whole = {name: value for name, value in whole.items() if name not in newer}
     if "seed" not in asked:

@@ -14,7 +14,7 @@ from safelight.engine import Engine
 from safelight.engine.capacity import Capacity, free_memory, out_of_memory
 from safelight.errors import SafelightError
 from safelight.fast import memory
-from safelight.machine import device_memory
+from safelight.machine import device_memory, pick_device
 from safelight.server.jobs import ModelInfo
 from safelight.server.pulse import Pulse
 from safelight.server.served import Served
@@ -28,7 +28,7 @@ from safelight.weights.find import (
     find_vae,
     parts_finder,
 )
-from safelight.weights.load import load_model, pick_device
+from safelight.weights.load import load_model
 from safelight.weights.plan import read_plan
 
 if TYPE_CHECKING:

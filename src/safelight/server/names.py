@@ -32,6 +32,7 @@ from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
 from safelight.server.served import Served
 from safelight.server.settings import WorkerSettings
+from safelight.upscaling.loaded import Upscalers
 from safelight.weights.check import printable, read_header
 from safelight.weights.find import PartsFinder, Source, find, parts_finder
 from safelight.weights.folder import Folder
@@ -76,6 +77,10 @@ class Names:
     def entries(self, kind: str) -> list[Entry]:
         """Return the models folder's files of a kind; see `Library.entries`."""
         return [] if self.library is None else self.library.entries(kind)
+
+    def upscaler(self, name: str, field: str) -> None:
+        """Raise SafelightError if there is no upscaler of a name, or nothing to read it with."""
+        Upscalers("cpu", self._settings.models_dir, takes_paths=False).check(name, field)
 
     def embeddings(self, model: str | None = None) -> dict[str, EmbeddingFile | SafelightError]:
         """Return the embeddings of the models folder by name.
@@ -139,6 +144,8 @@ class Names:
         check_networks(reader.plan.name, asked, there)
         check_model(reader.plan, asked)
         check_references(reader.plan, asked)
+        if asked.hires_scale > 1:
+            self.upscaler(asked.hires_upscaler, "hires_upscaler")
         for entry in loras:
             _check_made_for(entry, reader.plan)
         reader.check(request)

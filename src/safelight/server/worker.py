@@ -63,7 +63,7 @@ class Worker(Holder):
             self._on_messages(1.0)
         threading.Thread(target=self._keep_claims, name="leases", daemon=True).start()
         while not (self._stopping or self._spoilt or self._drained):
-            idle = LOADING if self._awaiting_model else 1.0
+            idle = LOADING if self._awaiting_model or self._upscaling.busy else 1.0
             self._on_messages(0 if self._models.busy else idle)
             self._forget_cancelled()
             self._drop_changed()
@@ -77,6 +77,7 @@ class Worker(Holder):
         # What cannot be put back here the server puts back, now or at its next start.
         self._put_back(self._to_put_back + self._claims)
         self._models.close()
+        self._upscaling.close()
         self._store.close()
         self._spans.close()
         if self._spoilt:

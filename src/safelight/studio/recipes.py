@@ -108,7 +108,8 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
         found |= (second := _second_pass(pairs, found))
         read = (*read, *(_HIRES if second else ()))
     others = {name: v for name, v in pairs.items() if name not in read}
-    if others.get("Hires upscaler") == UPSCALER and again:
+    upscaler = others.get("Hires upscaler", "")
+    if again and (upscaler == UPSCALER or "hires_upscaler" in found):
         del others["Hires upscaler"]
     return others | found
 
@@ -130,9 +131,12 @@ def _second_pass(pairs: dict[str, str], first: dict[str, Any]) -> dict[str, Any]
     strength, steps = pairs.get("Denoising strength"), pairs.get("Hires steps", first.get("steps"))
     with suppress(ArithmeticError, KeyError, ValueError):
         scale = _times(pairs, first["width"], first["height"])
-        found = {"hires_scale": scale, "hires_strength": float(strength or UNTOLD)}
+        found: dict[str, Any] = {"hires_scale": scale, "hires_strength": float(strength or UNTOLD)}
         if steps is not None:
             found["hires_steps"] = steps_to_take(int(steps), found["hires_strength"])
+        upscaler = pairs.get("Hires upscaler", UPSCALER)
+        if upscaler not in (UPSCALER, "None") and not upscaler.startswith("Latent"):
+            found["hires_upscaler"] = upscaler
         return found
     return {}
 

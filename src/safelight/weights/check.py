@@ -41,7 +41,7 @@ Other long texts are skipped. These say how weights are used, so longer ones are
 
 _MAGIC = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes it; convert it to safetensors"),
-    (b"\x80", "a pickle as PyTorch before 1.6 wrote it; convert it to safetensors"),
+    (b"\x80", "a pickle that torch.save did not write; convert it to safetensors"),
     (b"GGUF", "a GGUF file; a .safetensors file is needed"),
     (b"version https://git-lfs", "a Git LFS pointer in place of the weights (run: git lfs pull)"),
     (b"<", "a web page in place of the weights"),

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from safelight.families import Family
 from safelight.fast import helps
+from safelight.machine import pick_device
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import budget, coded
 from safelight.weights.controlnets import with_controlnet
 from safelight.weights.find import Given, Source, find, find_controlnet, find_vae, parts_finder
 from safelight.weights.frames import frame
 from safelight.weights.ip_adapters import with_image_prompts
-from safelight.weights.load import pick_device, pick_dtype
+from safelight.weights.load import pick_dtype
 from safelight.weights.plan import read_plan
 
 

@@ -172,6 +172,33 @@ def find_image_encoder(
     return _find(str(name), "image_encoder", open_library(models_dir), download, IMAGE_ENCODER)
 
 
+def find_upscaler(
+    name: str | Path, *, models_dir: str | Path | None = None, takes_paths: bool = True
+) -> Source:
+    """Find an upscaler: the path of a file, a name in the models folder, or A1111's name of one.
+
+    takes_paths: False takes names alone, as a server does.
+
+    Raises SafelightError, one line that says what is missing and how to get it.
+    """
+    from safelight.upscaling.names import ALIASES
+
+    library, given = open_library(models_dir), str(name)
+    found = on_disk(given) if takes_paths else None
+    if found is not None and found.path.is_file():
+        return found
+    if library is None:
+        here = "no such file here, and " if takes_paths else ""
+        raise SafelightError(
+            f"no upscaler {printable(repr(given), 60)}: {here}{VARIABLE} is not set",
+            code="no_model",
+        )
+    if given in ALIASES and not library.matches(given, "upscaler"):
+        given = ALIASES[given]
+    entry = library.find(given, "upscaler")
+    return Source(entry.name, entry.path)
+
+
 def find_previews(source: Source) -> Source | None:
     """Return the tiny autoencoder for previews that lies in a model's folder, if one does."""
     path = source.path / PREVIEWS

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safelight.weights.check import Header, read_header, refusal
 from safelight.weights.gguf import MAGIC, read_gguf_header
+from safelight.weights.old_pickles import OLD_MAGIC, read_old_header
 from safelight.weights.pickles import read_pickled_header
 
 ZIP = b"PK\x03\x04"
@@ -24,13 +25,15 @@ def header_of(path: Path, name: str | None = None) -> Header:
         if not path.is_file():
             raise refusal(name, "not a file; a .safetensors file is needed")
         with path.open("rb") as file:
-            head = file.read(4)
+            head = file.read(len(OLD_MAGIC))
         path = path.resolve()  # a link may lead elsewhere when the tensors are read
     except OSError as e:
         raise refusal(name, f"cannot be read ({e.strerror})") from None
-    if head == ZIP:
+    if head.startswith(ZIP):
         return read_pickled_header(path, name)
-    return read_gguf_header(path, name) if head == MAGIC else read_header(path, name)
+    if head == OLD_MAGIC:
+        return read_old_header(path, name)
+    return read_gguf_header(path, name) if head.startswith(MAGIC) else read_header(path, name)
 
 
 def plain_header_of(path: Path, user: str, name: str | None = None) -> Header:

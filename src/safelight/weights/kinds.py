@@ -36,6 +36,11 @@ _TEXT_ENCODER = re.compile(
     r"|(enc\.)?blk\.0\.attn_q\.weight"
 )
 _DENOISER = ("model.diffusion_model.", "first_stage_model.", "double_blocks.", "joint_blocks.")
+# Of the commonest layouts; the last two are Compact's and SPAN's.
+_UPSCALER = re.compile(
+    r"(params(_ema|-ema)?\.|module\.|netG\.)?"
+    r"(conv_first\.weight|RRDB_trunk\.|model\.1\.sub\.|body\.0\.(weight$|rdb1\.)|block_1\.c1_r\.)"
+)
 _EMBEDDING = ("emb_params", "clip_l", "clip_g", "string_to_param")
 
 
@@ -57,6 +62,8 @@ def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
         return "ip_adapter"
     if any(name.startswith(_IMAGE_ENCODER) for name in tensors):
         return "image_encoder"
+    if any(_UPSCALER.match(name) for name in tensors):
+        return "upscaler"
     if any(_ADAPTER.search(name) for name in tensors):
         return "lora"
     if any(_TEXT_ENCODER.fullmatch(name) for name in tensors) and not any(

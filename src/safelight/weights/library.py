@@ -33,6 +33,10 @@ SUBFOLDERS = {
     "controlnet": ("controlnet",),
     "ip_adapter": ("ipadapter", "ip-adapter", "ip_adapter"),
     "image_encoder": ("clip_vision",),
+    "upscaler": (
+        *("upscalers", "upscale_models", "esrgan", "realesrgan", "swinir", "dat", "hat"),
+        "scunet",
+    ),
 }
 """The kinds of file, and the folders that A1111 and ComfyUI keep each in.
 
@@ -63,7 +67,7 @@ IN_FOLDER = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 MAX_DEPTH = 8
 MAX_FILES = 100_000
-_FACTS = "facts-6"
+_FACTS = "facts-7"
 """The name of what `facts_of` remembers. Raise the number when `kind_of` changes its answers."""
 
 

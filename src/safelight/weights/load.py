@@ -21,7 +21,7 @@ from safelight.fast import (
 )
 from safelight.fast.quantised import GGML, Quantised, of_floats
 from safelight.fast.store import in_file
-from safelight.machine import has_bfloat16
+from safelight.machine import has_bfloat16, pick_device
 from safelight.model import Model
 from safelight.paths import expanded
 from safelight.prompt.styles import read_styles
@@ -224,22 +224,6 @@ def _parts_record(
     if len(found) > 1:
         return found
     return found[0] if found else None
-
-
-def pick_device(name: str | torch.device) -> torch.device:
-    """Return a device by its name. Raises SafelightError, with the devices there, for others."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there[:0] = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if str(name) == "auto":
-        return torch.device(there[0])
-    if str(name) not in there:
-        known = "only cpu" if there == ["cpu"] else ", ".join(there)
-        hint = "" if str(name).split(":")[0] in ("cuda", "mps") else "; a GPU is called cuda or mps"
-        raise SafelightError(f"device {str(name)!r:.40} is not there; there is {known}{hint}")
-    return torch.device(name)
 
 
 def pick_dtype(name: str | torch.dtype, device: torch.device, half: str = "float16") -> torch.dtype:

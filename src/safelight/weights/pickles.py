@@ -11,11 +11,13 @@ from __future__ import annotations
 import io
 import math
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from safelight.errors import SafelightError
 from safelight.weights.archive import read_archive
 from safelight.weights.check import (
     ITEM_SIZES,
@@ -63,7 +65,7 @@ class _Global:
 
 
 @dataclass(frozen=True, slots=True)
-class _Storage:
+class Storage:
     """dtype: None if it is untyped, and `count` is then in bytes."""
 
     key: str
@@ -73,7 +75,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    storage: _Storage
+    storage: Storage
     dtype: str
     offset: int
     shape: tuple[int, ...]
@@ -94,13 +96,32 @@ def read_pickled_header(path: Path, name: str) -> Header:
     a tensor does not lie within its bytes in the file.
     """
     archive = read_archive(path, name)
+    with refusing(name):
+        root = follow(io.BytesIO(archive.pickle))
+    return header_of_table(path, name, root, archive.records)
+
+
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Refuse the file of this name for what is wrong with its pickle."""
     try:
-        root = _follow(archive.pickle)
+        yield
     except BrokenPickleError as e:
         raise refusal(name, str(e)) from None
     # What pickletools and the stack raise for a broken program.
-    except (ValueError, IndexError, KeyError, TypeError, UnicodeError, OverflowError):
+    except (ValueError, IndexError, KeyError, TypeError, UnicodeError, OverflowError) as e:
+        if isinstance(e, SafelightError):
+            raise
         raise refusal(name, "a broken pickle; a .safetensors file is needed") from None
+
+
+def header_of_table(
+    path: Path, name: str, root: Any, records: Mapping[str, tuple[int, int]]
+) -> Header:
+    """Return the header of what a pickle builds. records: as `Archive` has them.
+
+    Raises as `read_pickled_header`.
+    """
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     try:
@@ -108,7 +129,7 @@ def read_pickled_header(path: Path, name: str) -> Header:
             if key in tensors or key in metadata:
                 raise BrokenPickleError(f"{key!r:.60} is there twice")
             if isinstance(value, _Tensor):
-                tensors[key] = _placed(value, archive.records)
+                tensors[key] = _placed(value, records)
             elif isinstance(value, str | int | float) and len(str(value)) <= MAX_STRING:
                 metadata[key] = str(value)
     except BrokenPickleError as e:
@@ -157,7 +178,7 @@ def _is_text(key: str) -> bool:
     return True
 
 
-def _placed(tensor: _Tensor, records: dict[str, tuple[int, int]]) -> TensorInfo:
+def _placed(tensor: _Tensor, records: Mapping[str, tuple[int, int]]) -> TensorInfo:
     """Return where a tensor lies in the file."""
     storage, itemsize = tensor.storage, ITEM_SIZES[tensor.dtype]
     start, size = records.get(storage.key, (0, -1))
@@ -178,8 +199,11 @@ def _placed(tensor: _Tensor, records: dict[str, tuple[int, int]]) -> TensorInfo:
 # --- the stack machine ---------------------------------------------------------------------------
 
 
-def _follow(program: bytes) -> Any:
-    """Return what a pickle builds, with tensors as descriptions."""
+def follow(program: BinaryIO, storages: dict[str, Storage] | None = None) -> Any:
+    """Return what a pickle builds, with tensors as descriptions; read up to its end alone.
+
+    storages: given for a file of PyTorch before 1.6; what the pickle names is added by its key.
+    """
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -199,7 +223,7 @@ def _follow(program: bytes) -> Any:
         elif name == "GLOBAL":
             stack.append(_Global(_known(argument)))
         elif name == "BINPERSID":
-            stack.append(_storage(stack.pop()))
+            stack.append(_storage(stack.pop(), storages))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             stack.append(tuple(_popped(stack, int(name[-1]))))
         elif name in ("TUPLE", "SETITEMS", "APPENDS"):
@@ -224,9 +248,8 @@ def _follow(program: bytes) -> Any:
     raise BrokenPickleError("a pickle without an end")
 
 
-def _instructions(program: bytes) -> Iterator[tuple[str, Any]]:
+def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Yield the instructions of a pickle and their arguments; refuse those not followed, unread."""
-    file = io.BytesIO(program)
     for _ in range(MAX_STEPS):
         code = file.read(1)
         if not code:
@@ -306,19 +329,26 @@ def _add(stack: list[Any], name: str, items: list[Any]) -> None:
         raise BrokenPickleError("a pickle that adds to what is no table")
 
 
-def _storage(told: Any) -> _Storage:
-    """Return the storage of a persistent id: ("storage", type, key, device, count)."""
+def _storage(told: Any, storages: dict[str, Storage] | None) -> Storage:
+    """Return the storage of a persistent id: ("storage", type, key, device, count).
+
+    Before PyTorch 1.6 it ends with the part of another storage that it is, which is not followed.
+    """
+    *told, view = (*told, None) if storages is None else told
     kind, type_, key, _, count = told
+    if view is not None:
+        raise BrokenPickleError("a storage within another; convert it to safetensors")
     if kind != "storage" or type(key) is not str or type(count) is not int or count < 0:
         raise BrokenPickleError("a storage that torch.save does not write")
     if not isinstance(type_, _Global):
         raise BrokenPickleError("a storage of no type")
-    if type_.name == _UNTYPED:
-        return _Storage(key, None, count)
     dtype = _STORAGES.get(type_.name.removeprefix("torch.").removesuffix("Storage"))
-    if dtype is None:
+    if dtype is None and type_.name != _UNTYPED:
         raise BrokenPickleError(f"a storage of type {type_.name:.40}")
-    return _Storage(key, dtype, count)
+    found = Storage(key, dtype, count)
+    if storages is not None and storages.setdefault(key, found) != found:
+        raise BrokenPickleError(f"storage {key!r:.40} is there in two ways")
+    return found
 
 
 def _called(function: Any, arguments: Any) -> Any:
@@ -335,7 +365,7 @@ def _called(function: Any, arguments: Any) -> Any:
     if len(given) != (7 if function.name == _REBUILT[1] else 6) or given[5] != {}:
         raise BrokenPickleError("a tensor with more to it than numbers")
     storage, offset, shape, stride = given[:4]
-    if not isinstance(storage, _Storage) or type(offset) is not int:
+    if not isinstance(storage, Storage) or type(offset) is not int:
         raise BrokenPickleError("a tensor without a storage")
     if not all(type(n) is int for n in (*shape, *stride)):
         raise BrokenPickleError("a tensor whose shape is not of whole numbers")

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safelight.weights.find import find, parts_finder
+from safelight.weights.find import Source, find, find_upscaler, on_disk, parts_finder
+from safelight.weights.headers import header_of
 from safelight.weights.lender import listed
+from safelight.weights.library import facts_of, open_library
 from safelight.weights.names import Weight
 from safelight.weights.plan import read_plan
 from safelight.weights.stored import stored_bytes
@@ -19,8 +21,12 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
 
     Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
-    (width, height), and warnings. Raises SafelightError as `load_model` does for a malformed one.
+    (width, height), and warnings. Of an upscaler, which is small and is loaded: name, path, kind,
+    family (its layout), scale, parameters, dtypes, size_on_disk and warnings. Raises SafelightError
+    as `load_model` does for a malformed one.
     """
+    if (upscaler := _upscaler(name, models_dir)) is not None:
+        return _upscaler_summary(upscaler)
     source = find(name, download=False, models_dir=models_dir)
     installed = parts_finder(None, download=False, models_dir=models_dir)
     plan = read_plan(source, parts=installed, partial=True)
@@ -42,6 +48,43 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
         "native_size": plan.native_size,
         "warnings": [*plan.warnings, *bare],
     }
+
+
+def _upscaler(name: str | Path, models_dir: str | Path | None) -> Source | None:
+    """Return the upscaler that a name means, None if it means none."""
+    found, library = on_disk(str(name)), open_library(models_dir)
+    if found is not None:
+        is_one = found.path.is_file() and facts_of(found.path).get("kind") == "upscaler"
+        return found if is_one else None
+    if library is None or library.matches(str(name), "model"):
+        return None
+    return (
+        find_upscaler(name, models_dir=models_dir)
+        if library.matches(str(name), "upscaler")
+        else None
+    )
+
+
+def _upscaler_summary(source: Source) -> dict[str, Any]:
+    from safelight.upscaling.names import MISSING, installed
+
+    tensors = header_of(source.path).tensors.values()
+    found: dict[str, Any] = {
+        "name": source.name,
+        "path": str(source.path),
+        "kind": "upscaler",
+        "parameters": sum(math.prod(info.shape) for info in tensors),
+        "dtypes": sorted({info.dtype for info in tensors}),
+        "size_on_disk": source.path.stat().st_size,
+        "warnings": [],
+    }
+    if not installed():
+        return {**found, "warnings": [MISSING]}
+    from safelight.upscaling.upscaler import load_upscaler
+
+    loaded = load_upscaler(source.path, device="cpu")
+    own = {"family": loaded.architecture, "scale": loaded.scale, "parameters": loaded.parameters}
+    return {**found, **own}
 
 
 def _summary(weights: Mapping[str, Weight]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safelight.errors import SafelightError
 from safelight.fast.quantised import GGML, Quantised, of_ggml
 from safelight.weights.check import Header, refusal
 from safelight.weights.gguf import read_gguf_header
+from safelight.weights.headers import ZIP
 from safelight.weights.pickles import INERT, leaves
 
 DTYPES = {
@@ -78,7 +79,9 @@ def _unpickled(header: Header, path: str) -> dict[str, Tensor]:
         with inert, Path(path).open("rb") as file:
             # torch.load goes by the name where that ends in ".safetensors".
             where = f"/dev/fd/{file.fileno()}" if path.endswith(".safetensors") else path
-            root = torch.load(where, map_location="cpu", weights_only=True, mmap=True)
+            mapped = file.read(len(ZIP)) == ZIP  # files of PyTorch before 1.6 cannot be mapped
+            file.seek(0)
+            root = torch.load(where, map_location="cpu", weights_only=True, mmap=mapped)
         found = {key: value for key, value in leaves(root) if isinstance(value, Tensor)}
     except Exception as e:  # for a broken file it raises whatever its parts raise
         why = str(e).strip().splitlines() or [type(e).__name__]

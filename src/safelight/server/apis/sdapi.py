@@ -23,6 +23,7 @@ from safelight.recipe import first_size, recipe_text
 from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
 from safelight.server.apis.sdapi_control import units_of
 from safelight.server.apis.sdapi_errors import Route
+from safelight.server.apis.sdapi_hires import with_known_upscaler
 from safelight.server.apis.sdapi_models import model_of
 from safelight.server.apis.sdapi_names import model_hash, sampler_label
 from safelight.server.apis.sdapi_shapes import (
@@ -129,6 +130,7 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         native = await hub.native_size(name)
         meant = await hub.find_model(name)
         asked = await asyncio.to_thread(fitted, asked, meant, native)
+        asked = await asyncio.to_thread(with_known_upscaler, asked, hub.names)
         for unit in units:
             picture = None
             if unit.picture:

@@ -10,7 +10,6 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 
 from safelight.errors import SafelightError
-from safelight.hires import UPSCALER
 from safelight.sampling import SAMPLERS
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_models import OPTION, choose, chosen
@@ -158,12 +157,10 @@ _UNKNOWN = {"error": "not measured by this server"}
 _EMPTY = """
     extensions face-restorers hypernetworks latent-upscale-modes realesrgan-models script-info
 """
-_UPSCALER = {"model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
 _FIXED: dict[str, Any] = {
     "cmd-flags": {"api": True},
     "memory": {"ram": _UNKNOWN, "cuda": _UNKNOWN},
     "scripts": {"txt2img": [], "img2img": []},
-    "upscalers": [{"name": name, **_UPSCALER} for name in ("None", UPSCALER)],
     **{name: [] for name in _EMPTY.split()},
 }
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
 from safelight.hires import UPSCALER, steps_to_take, taken
 from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
-from safelight.server.apis.sdapi_bodies import TextToImage
+from safelight.server.apis.sdapi_bodies import Asked, TextToImage
 from safelight.server.apis.sdapi_names import find_scheduler
 from safelight.server.sizes import fit_to_model
 from safelight.sizes import MAX_SIDE, allowed_side, drawable_size, is_small
+from safelight.upscaling.names import is_lanczos
 
 if TYPE_CHECKING:
+    from safelight.server.names import Names
     from safelight.weights.plan import Plan
 
 SAME = (None, "", "Use same sampler", "Use same scheduler", "Use same checkpoint")
@@ -56,6 +59,8 @@ def second_pass(
     # Pictures of a small model may be enlarged alone: strength and steps say nothing then.
     asked = Request(width=size[0], height=size[1], hires_scale=scale)
     drawn = plan is None or fit_to_model(asked, plan.native_size)[0].hires_scale > 1
+    if body.hr_upscaler and not _is_none(body.hr_upscaler) and not is_lanczos(body.hr_upscaler):
+        settings["hires_upscaler"] = body.hr_upscaler
     if (strength := body.denoising_strength) or drawn:
         settings["hires_strength"] = strength
     wanted = body.hr_second_pass_steps or steps
@@ -65,6 +70,24 @@ def second_pass(
             told = f"of {most} steps, the most, {strength:g} leaves {left}, not {wanted}"
             warnings.append(f"denoising_strength: second pass: {told}")
     return settings, warnings
+
+
+def with_known_upscaler(asked: Asked, names: Names) -> Asked:
+    """Return what was asked, with Lanczos and a warning for an upscaler that is not here."""
+    request = asked.request
+    if request.hires_scale == 1:
+        return asked
+    try:
+        names.upscaler(request.hires_upscaler, "hires_upscaler")
+    except SafelightError as error:
+        told = [*asked.warnings, f"hr_upscaler: enlarged with {UPSCALER}: {error}"]
+        return replace(asked, request=request.without("hires_upscaler"), warnings=told)
+    return asked
+
+
+def _is_none(name: str | None) -> bool:
+    """Return whether a name means what is not here: no upscaler, or one of latents."""
+    return name is not None and (name == "None" or name.startswith("Latent"))
 
 
 def _scale(body: TextToImage, size: tuple[int, int]) -> tuple[float, list[str]]:
@@ -118,7 +141,7 @@ def _refused(
 def _ignored(body: TextToImage, sampler: str | None) -> list[str]:
     found = [
         (
-            body.hr_upscaler not in (None, "", UPSCALER),
+            _is_none(body.hr_upscaler),
             f"hr_upscaler: enlarged with {UPSCALER}",
         ),
         (
