@@ -9,13 +9,16 @@ from typing import Any, Literal
 from fastapi import Request as HttpRequest
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.picture import encode
 from safelight.request import Request
 from safelight.request_fields import PICTURES
-from safelight.server.bodies import MAX_BODY
+from safelight.server.caged import MAX_JSON
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
 from safelight.settings import Setting, settings_of
@@ -120,17 +123,30 @@ def read_settings(fields: dict[str, Any], *, text: bool) -> tuple[ImagesBody, di
     return body, settings
 
 
+_TOO_LONG = (
+    f"the texts of a form must have at most {MAX_JSON >> 20} MiB in all: "
+    "image and mask must be uploaded, as files"
+)
+
+
 async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], dict[str, bytes]]:
     """Return OpenAI's fields, the settings, and the files of a form: an image, and maybe a mask."""
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind, options = parse_options_header(http.headers.get("content-type"))
+    if kind != b"multipart/form-data":
         raise ApiError(400, "the body must be multipart/form-data, with the picture in it")
+    # Python has codecs that raise anything, and some whose time grows with the square of the text.
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise ApiError(400, "the form's charset must be utf-8, or left out")
     fields: dict[str, Any] = {}
     own = own_settings(Request)
     files: dict[str, bytes] = {}
-    # Room for a picture that is sent as text: its error then says what is wrong with it.
-    form = http.form(max_files=32, max_fields=64, max_part_size=MAX_BODY)
-    async with form as parts:
+    length = 0
+    parts = await _form_of(http)
+    try:
         for name, value in parts.multi_items():
+            length += len(name) + (len(value) if isinstance(value, str) else 0)
+            if length > MAX_JSON:
+                raise ApiError(413, _TOO_LONG)
             plain = name.removesuffix("[]")
             if plain not in ("image", "mask"):
                 if not isinstance(value, str):
@@ -148,10 +164,22 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], dict
                 raise ApiError(400, f"{plain} must be one picture, not several", plain)
             else:
                 files[plain] = await value.read()
+    finally:
+        await parts.close()
     body, settings = read_settings(fields, text=True)
     if "image" not in files:
         raise ApiError(400, "image is needed: a PNG, JPEG or WebP picture", "image")
     return body, settings, files
+
+
+async def _form_of(http: HttpRequest) -> FormData:
+    """Return the parts of a form. Raises ApiError if a text is too long, such as a picture."""
+    try:
+        return await http.form(max_files=32, max_fields=64, max_part_size=MAX_JSON)
+    except HTTPException as error:
+        if "exceeded maximum size" in str(error.detail):
+            raise ApiError(413, _TOO_LONG) from None
+        raise
 
 
 def edit_request(
