@@ -144,7 +144,8 @@ class Inside:
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body)
         data = data.encode() if isinstance(data, str) else data
         path, _, query = path.partition("?")
-        given = {"host": "localhost", "content-type": "application/json", **headers}
+        given = {"host": "localhost", "content-type": "application/json"}
+        given |= {name.replace("_", "-"): value for name, value in headers.items()}
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -157,7 +158,7 @@ class Inside:
             "root_path": "",
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 7860),
-            "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in given.items()],
+            "headers": [(k.encode(), v.encode()) for k, v in given.items()],
         }
         parts = [{"type": "http.request", "body": data, "more_body": False}]
         sent: list[Any] = []

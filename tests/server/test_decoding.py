@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from hostile import encoded
+from hostile import NOISE, encoded
 
 from safelight.errors import SafelightError
 from safelight.server import caged
@@ -133,6 +133,51 @@ def test_a_body_that_was_read_is_freed_at_once() -> None:
 def test_no_json_is_refused(body: bytes) -> None:
     with pytest.raises(SafelightError):
         caged.body(Sent(body))
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"a": x}', "not a valid JSON object: line 1, column 7"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "a number of too many digits"),
+        (b"[]", "must be a JSON object"),
+    ],
+)
+def test_what_is_wrong_with_json_is_said(body: bytes, told: str) -> None:
+    with pytest.raises(SafelightError, match=told) as refused:
+        caged.body(Sent(body))
+    assert refused.value.code == "not_json"
+
+
+WEBPS = {
+    "lossy": encoded(NOISE.resize((48, 32)), "WEBP"),
+    "lossless": encoded(NOISE.resize((48, 32)), "WEBP", lossless=True),
+    "alpha": encoded(NOISE.resize((48, 32)).convert("RGBA"), "WEBP", exif=b"Exif\0\0"),
+}
+
+
+@pytest.mark.parametrize("kind", WEBPS)
+def test_a_webp_that_takes_too_much_memory_is_refused_before(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = WEBPS[kind]
+    monkeypatch.setattr(caged, "MEMORY", caged.WEBP_ROOM + len(data) + 16 * 48 * 32)
+    assert caged.picture(Sent(data), "it").size == (48, 32)
+    monkeypatch.setattr(caged, "MEMORY", caged.MEMORY - 1)
+    with pytest.raises(SafelightError, match=r"million pixels as a WebP .* not 48x32: make it"):
+        caged.picture(Sent(data), "it")
+
+
+def test_a_large_picture_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some decoders call it damage if there is too little memory."""
+    cut = encoded()[:-400]
+    with pytest.raises(SafelightError, match="damaged or cut off"):
+        caged.picture(Sent(cut), "it")
+    monkeypatch.setattr(caged, "LARGE", 64 * 64 - 1)
+    with pytest.raises(SafelightError, match=r"cannot be read \(.*\): make it smaller"):
+        caged.picture(Sent(cut), "it")
 
 
 def test_base64_of_white_space_takes_little_memory() -> None:

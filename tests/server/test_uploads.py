@@ -71,6 +71,37 @@ def test_one_owner_is_bounded_and_costs_the_others_nothing(gradio: Gradio) -> No
     assert upload(app, 251, owner="another") == 429
 
 
+def test_uploads_that_come_together_do_not_share_one_room(gradio: Gradio) -> None:
+    """Each is counted once, as it is announced, while it is written."""
+    sent: list[int] = []
+    begun, go = 0, asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal begun
+        begun += 1
+        gradio.folder.mkdir(exist_ok=True)
+        (gradio.folder / f"tmp{begun:08x}").write_bytes(b"x" * 100)
+        await go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status", 0))
+
+    async def all_at_once() -> None:
+        app = Uploads(slow, gradio.folder)
+        scope = {"type": "http", "headers": [(b"content-length", b"100")]}
+        callers = [Caller("10.0.0.1")] * 4 + [Caller(f"10.0.1.{i}") for i in range(9)]
+        calls = [asyncio.ensure_future(app(scope | {SCOPE: one}, None, send)) for one in callers]
+        while begun < 10 and len([one for one in calls if one.done()]) < 5:
+            await asyncio.sleep(0.01)
+        assert sent.count(429) == 2 + 1  # of one owner's four, and of all
+        go.set()
+        await asyncio.gather(*calls)
+
+    asyncio.run(asyncio.wait_for(all_at_once(), 60))
+    assert sent.count(200) == 10
+
+
 def test_all_together_are_bounded(gradio: Gradio) -> None:
     """This holds after a start as well, when their owners are not known."""
     app = Uploads(gradio, gradio.folder)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from test_store import claim, submit
 
 from safelight import SafelightError
 from safelight.server import webhooks
+from safelight.server.jobs import Job, Status
 from safelight.server.outbox import Notice
 from safelight.server.store import Store
 from safelight.server.webhooks import (
@@ -294,6 +296,26 @@ def test_a_notice_is_signed_as_the_standard_has_it(
     assert headers["webhook-signature"] == f"v1,{mark}"
     assert headers["content-type"] == "application/json"
     assert len(receiver.got) == 1
+
+
+def test_no_word_of_the_prompt_is_in_it() -> None:
+    """Warnings and errors may quote names of a prompt."""
+    settings = {"prompt": "a secret", "negative_prompt": "secret"}
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    job = Job(
+        id="0" * 32,
+        status=Status.FAILED,
+        created_at=at,
+        client="api",
+        model=None,
+        settings=settings,
+        expires_at=None,
+    )
+    job.warnings = ["embedded was never taught: secret; left out"]
+    job.error = "prompt has <lora:secret>, and no such LoRA is there"
+    body = webhooks.body_of(job)
+    assert json.loads(body)["type"] == "job.failed"
+    assert b"secret" not in body
 
 
 def test_each_owner_has_a_secret_of_its_own(store: Store) -> None:

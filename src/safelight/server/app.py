@@ -12,6 +12,8 @@ from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from safelight import __version__
 from safelight.errors import SafelightError
@@ -25,13 +27,14 @@ from safelight.server.apis import (
     sdapi_facts,
 )
 from safelight.server.decoding import Decoders
-from safelight.server.guard import Guard, Rules
+from safelight.server.guard import Guard, Rules, is_stream
 from safelight.server.hub import Hub
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.metrics import Metrics
 from safelight.server.retention import Retention
+from safelight.server.sites import METHODS
 from safelight.server.tracing import Traced, on
-from safelight.server.wording import clipped, hide, public
+from safelight.server.wording import clipped, hide, problem, public
 
 
 class Page(Protocol):
@@ -89,6 +92,7 @@ def application(
     app.add_api_route("/", root, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(SafelightError, refused)
     app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, missed)
     paged = None if page is None else page(app, hub, decoders)
     guard = Guard(app if paged is None else paged, rules, app.state.metrics.count)
     return Traced(guard) if on() else guard
@@ -114,10 +118,41 @@ async def refused(_: HttpRequest, error: Exception) -> JSONResponse:
 
 
 async def invalid(_: HttpRequest, error: Exception) -> JSONResponse:
-    """Answer a path, query or header that is not valid in the shape of our own API."""
+    """Answer a query or header that is not valid in the shape of our own API.
+
+    An id that is not valid is answered as one that is not there.
+    """
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    place, name = first["loc"][0], first["loc"][-1]
+    if place == "path":
+        return ours.missing(str(name).removesuffix("_id"))
     where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
     told = f"{clipped(where)}: {clipped(first['msg'])}"
-    body = {"detail": told, "code": "invalid", "field": None}
-    return JSONResponse(body, 422)
+    field = None if place == "body" else clipped(name)
+    return JSONResponse({"detail": told, "code": "invalid", "field": field}, 422)
+
+
+async def missed(http: HttpRequest, error: Exception) -> JSONResponse:
+    """Answer an HTTPException, such as that of an unknown address, in a form for all three APIs."""
+    assert isinstance(error, HTTPException)
+    status, text, headers = error.status_code, str(error.detail), dict(error.headers or {})
+    if status == 404:
+        text = "there is no such address: /docs lists all"
+    elif status == 405:  # Starlette names the methods of one route; others may have the same path
+        headers["Allow"] = ", ".join(_methods(http))
+        text = f"the method must be {headers['Allow']}"
+    return JSONResponse(problem(status, text), status, headers)
+
+
+def _methods(http: HttpRequest) -> list[str]:
+    """Return the methods that the address of a request is there for."""
+
+    def there(method: str) -> bool:
+        scope = {**http.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in http.app.routes)
+
+    found = [method for method in METHODS.split(", ") if there(method)]
+    if "GET" in found and "HEAD" not in found and not is_stream(http.scope["path"]):
+        found.insert(1, "HEAD")  # the guard answers it
+    return found

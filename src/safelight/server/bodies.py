@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
 from safelight.request_pictures import REFERENCES, check_area
-from safelight.server.caged import MAX_JSON, PICTURE, from_base64
+from safelight.server.caged import MAX_JSON, PICTURE, from_base64, json_errors
 from safelight.server.callers import caller_of
 from safelight.server.decoding import Decoders
 
@@ -149,10 +149,8 @@ async def read_json_if_any(http: HttpRequest, *, pictures: bool) -> dict[str, An
 
 
 def _parsed(body: bytes | bytearray) -> Any:
-    try:
+    with json_errors():
         return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _named(value: Any, names: list[str]) -> Any:
@@ -172,7 +170,10 @@ def read_event(body: bytes | bytearray) -> dict[str, Any]:
     Raises RefusedError for other bodies, for one beyond the bounds above, and for lone surrogates,
     which no answer can repeat.
     """
-    found = _parsed(body)
+    try:
+        found = _parsed(body)
+    except SafelightError as error:
+        raise RefusedError(422, str(error)) from None
     if not isinstance(found, dict) or not _fits(found):
         raise RefusedError(422, _SHAPE)
     try:

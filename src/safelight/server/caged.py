@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from PIL import ExifTags, Image, PngImagePlugin
@@ -11,9 +13,15 @@ from PIL import ExifTags, Image, PngImagePlugin
 from safelight.errors import SafelightError
 from safelight.picture import opened, reason
 from safelight.pixels import Strips, alpha_of, mask_of, rgb_of, upright
-from safelight.server.decoder import Sent
+from safelight.server.decoder import MEMORY, Sent
 
-LARGE = 16 << 10
+LARGE = 12_000_000
+"""Pixels of a picture that takes so much memory that decoders may not get enough."""
+
+WEBP_ROOM = 20 << 20
+"""Bytes that a decoder takes beside the copies of a WebP."""
+
+LONG = 16 << 10
 """A JSON string of this length or more may be a picture, and is passed on apart: no text is as
 long.
 """
@@ -96,6 +104,7 @@ def exif_comment(image: Image.Image) -> str:
 
 def _decoded(data: bytes, name: str) -> Image.Image:
     """Return a picture, upright."""
+    _check_webp(data, name)
     with opened(data, name) as image:
         del data
         try:
@@ -104,9 +113,41 @@ def _decoded(data: bytes, name: str) -> Image.Image:
         except (MemoryError, SafelightError):
             raise
         except Exception as error:  # decoders of broken files raise anything
-            raise SafelightError(
-                f"{name} is damaged or cut off ({reason(error)}): save or download it again"
-            ) from None
+            told = f"{name} is damaged or cut off ({reason(error)}): save or download it again"
+            if image.width * image.height > LARGE:  # short of memory, decoders call it damage, too
+                told = f"{name} cannot be read ({reason(error)}): make it smaller, or save it again"
+            raise SafelightError(told) from None
+
+
+def _check_webp(data: bytes, name: str) -> None:
+    """Raise SafelightError for a WebP that takes more memory than a decoder has.
+
+    Pillow holds it four times, at four bytes a pixel, beside its file. Its own error calls the file
+    damaged.
+    """
+    if (size := _webp_size(data)) is None:
+        return
+    most = (MEMORY - WEBP_ROOM - len(data)) // 16
+    if size[0] * size[1] > most:
+        raise SafelightError(
+            f"{name} must have at most {max(0, most) // 10**6} million pixels as a WebP of this "
+            f"length, not {size[0]}x{size[1]}: make it smaller, or send a JPEG or PNG"
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Return the width and height that a WebP's header states; None for any other file."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+
+    def number(start: int, end: int) -> int:
+        return int.from_bytes(data[start:end], "little")
+
+    if data[12:16] == b"VP8X":
+        return number(24, 27) + 1, number(27, 30) + 1
+    if data[12:16] == b"VP8L":
+        return (number(21, 25) & 0x3FFF) + 1, (number(21, 25) >> 14 & 0x3FFF) + 1
+    return number(26, 28) & 0x3FFF, number(28, 30) & 0x3FFF
 
 
 NESTED = ("controlnet", "args", "image", "input_image")
@@ -116,14 +157,12 @@ NESTED = ("controlnet", "args", "image", "input_image")
 def body(sent: Sent) -> tuple[Any, ...]:
     """Return the JSON object of a request's body, and the bytes of its pictures.
 
-    In the object, {"": number} stands for each base64 string of LARGE characters or more: the
+    In the object, {"": number} stands for each base64 string of LONG characters or more: the
     number of its picture, from 0. Inside nested objects, as a web UI's extensions send them, such a
     string becomes null, but for the picture of a ControlNet: nobody reads others there.
     """
-    try:
+    with json_errors():
         found = json.loads(sent.take())
-    except (ValueError, RecursionError):
-        found = None
     if not isinstance(found, dict):
         raise SafelightError("the body must be a JSON object", code="not_json")
     pictures: list[bytes] = []
@@ -134,13 +173,33 @@ def body(sent: Sent) -> tuple[Any, ...]:
     return found, *pictures
 
 
+@contextmanager
+def json_errors() -> Iterator[None]:
+    """Raise SafelightError, code "not_json", for what `json.loads` raises inside the block.
+
+    A function around `json.loads` would hold a copy of a large body.
+    """
+    try:
+        yield
+        return
+    except json.JSONDecodeError as error:
+        told = f"is not a valid JSON object: line {error.lineno}, column {error.colno}"
+    except UnicodeDecodeError:
+        told = "is not a valid JSON object: it is not UTF-8"
+    except RecursionError:
+        told = "is not a valid JSON object: it is nested too deep"
+    except ValueError:  # Python's bound: reading digits takes time that grows with their square
+        told = "has a number of too many digits"
+    raise SafelightError(f"the body {told}", code="not_json")
+
+
 def _without(pictures: list[bytes] | None, value: Any) -> Any:
     """Return a value with numbers in place of its pictures, which are appended to the list.
 
     pictures: None to put null in their place. This is no function inside `body`: a closure that
     calls itself would keep its variables from being freed.
     """
-    if isinstance(value, str) and len(value) >= LARGE:
+    if isinstance(value, str) and len(value) >= LONG:
         try:
             found = from_base64(value)
         except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from safelight.server import bodies
 from safelight.server.guard import OPEN
 from safelight.server.limits import MOST, OWN_FILES, RESERVE, most
+from safelight.server.wording import problem
 
 log = logging.getLogger("safelight.http")
 
@@ -126,7 +128,7 @@ def _health_alone(app: Any) -> Any:
         if scope["path"] in OPEN:
             await app(scope, receive, send)
             return
-        body = b'{"detail": "too many connections: try again"}'
+        body = json.dumps(problem(503, "too many connections: try again")).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),

@@ -29,7 +29,7 @@ from safelight.server.callers import (
 from safelight.server.keyring import Keyring
 from safelight.server.limits import Guesses, Share
 from safelight.server.sites import Headers, check_site, headers_of, shared, single
-from safelight.server.wording import route_of
+from safelight.server.wording import problem, route_of
 
 log = logging.getLogger("safelight.http")
 
@@ -102,6 +102,10 @@ class Guard:
             return
         assert scope["type"] == "http"  # websockets are off
         began, status = time.monotonic(), 500
+        asked, method = scope, scope["method"]
+        if method == "HEAD" and not is_stream(scope["path"]):
+            # Routes know GET alone. It is a copy: the web server looks at the method, too.
+            scope = {**asked, "method": "GET"}
         request_id = secrets.token_hex(8)
         started = body_open = False
         key: str | None = None
@@ -123,6 +127,8 @@ class Guard:
                 if key is not None and self.rules.keys is not None:
                     kept += self.rules.keys.headers(key)
                 message["headers"] = [*kept, *HEADERS, (b"x-request-id", request_id.encode())]
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             elif status == 413 and not body_open and not message.get("more_body", False):
                 body_open, message = True, {**message, "more_body": True}
             async with asyncio.timeout(bodies.SLOW):
@@ -163,7 +169,7 @@ class Guard:
                     await self._enter(receive, reply, address, host)
             elif (known := await self._caller(headers, caller, host)) is not None:
                 scope[SCOPE], client, key = known, known.name, known.key
-                with self._share.request(client, stream=_is_stream(scope)):
+                with self._share.request(client, stream=is_stream(scope["path"])):
                     await self.app(scope, receive, reply)
                     if body_open:  # a route refused the body before its end
                         await _discard(unread)
@@ -185,13 +191,14 @@ class Guard:
         finally:
             self._share.release(client, received)
             route = route_of(scope)
-            self.on_answer(scope["method"], route, status)
+            asked["route"] = scope.get("route")  # for the trace around
+            self.on_answer(method, route, status)
             log.info(
                 "request",
                 extra={
                     "request_id": request_id,
                     "address": shortened(address) if self.rules.short else address,
-                    "method": scope["method"],
+                    "method": method,
                     "route": route,
                     "status": status,
                     "seconds": round(time.monotonic() - began, 4),
@@ -267,8 +274,8 @@ class Guard:
         return None if key is None else replace(caller, key=key)
 
 
-def _is_stream(scope: Any) -> bool:
-    path = scope["path"]
+def is_stream(path: str) -> bool:
+    """Return whether an answer at this path lasts: nobody asks for its head alone."""
     return path.endswith(("/events", "/queue/data")) or "/heartbeat/" in path
 
 
@@ -284,9 +291,7 @@ def _linked(scope: Any) -> bytes:
 
 
 async def _answer(send: Any, status: int, text: str, headers: Mapping[str, str] | None) -> None:
-    # One body that fits the shapes of all three APIs.
-    error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
-    body = json.dumps({"detail": text, "error": error})
+    body = json.dumps(problem(status, text))
     await send(
         {
             "type": "http.response.start",

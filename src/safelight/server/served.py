@@ -19,6 +19,9 @@ from safelight.weights.digest import known_digest
 from safelight.weights.find import BUILT_IN, MODELS, Source, find, on_disk
 from safelight.weights.library import ENDINGS, Entry, Library, open_library
 
+MAX_NAME = 300
+"""The most characters of a model's name in a request: comparing names takes time for each one."""
+
 MAX_TOLD = 6
 """The most names that an error lists."""
 
@@ -83,6 +86,9 @@ class Served:
         """
         if asked is None:
             return self.default
+        if len(asked) > MAX_NAME:
+            told = f"model must have at most {MAX_NAME} characters"
+            raise _no_model(f"{told}; there is no {clipped(asked, 60)!r}")
         names, asked = dict.fromkeys(elsewhere) | self.sources(), asked.strip()
         if asked in names:
             return asked

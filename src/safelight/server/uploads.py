@@ -51,11 +51,16 @@ class Uploads:
         self._app, self._folder = app, folder
         self._owners: dict[Path, str] = {}
         self._coming: Counter[str] = Counter()
+        self._checking = asyncio.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         owner = caller_of(scope).name
         size = max(_length(scope), LEAST)
-        if not await asyncio.to_thread(self._make_room, owner, size):
+        async with self._checking:  # else uploads that come together would all find room
+            room = await asyncio.to_thread(self._make_room, owner, size)
+            if room:
+                self._coming[owner] += size
+        if not room:
             answer = PlainTextResponse(
                 f"the uploads that are not used yet take {OWN >> 20} MiB, or those of all "
                 f"{ALL >> 20} MiB: try again in an hour\n",
@@ -64,7 +69,6 @@ class Uploads:
             )
             await answer(scope, receive, send)
             return
-        self._coming[owner] += size
         held: list[Any] = []
         status = 500
 
@@ -116,13 +120,15 @@ class Uploads:
         """
         while True:
             kept = [path for path in self._entries() if _KEPT.fullmatch(path.name)]
-            coming = [path for path in self._entries() if _COMING.fullmatch(path.name)]
             files = [path for one in kept for path in one.glob("*") if path.is_file()]
-            files += [path for path in coming if path.is_file()]
             sizes = {path: _size(path) for path in files}
             self._owners = {p: name for p, name in self._owners.items() if p in sizes}
             own = sum(sizes[path] for path, name in self._owners.items() if name == owner)
-            everything = sum(sizes.values()) + sum(self._coming.values()) + size
+            # What is being written counts once: as announced, or as it stands if that is more.
+            tmp = [path for path in self._entries() if _COMING.fullmatch(path.name)]
+            written = sum(_size(path) for path in tmp if path.is_file())
+            coming = max(written, sum(self._coming.values()))
+            everything = sum(sizes.values()) + coming + size
             mine = own + self._coming[owner] + size
             if mine <= OWN and everything <= ALL:
                 return True

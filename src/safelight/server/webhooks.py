@@ -127,8 +127,12 @@ async def resolve(
 
 
 def body_of(job: Job) -> bytes:
-    """Return the body of a job's webhook: how the job ended, and where its pictures are."""
-    told = job.model_dump(mode="json", exclude={"settings", "progress", "pictures"})
+    """Return the body of a job's webhook: how the job ended, and where its pictures are.
+
+    It has no word of the prompt, which warnings and errors may quote.
+    """
+    secret = {"settings", "warnings", "error"}
+    told = job.model_dump(mode="json", exclude={*secret, "progress", "pictures"})
     told["pictures"] = [
         {**one.model_dump(mode="json", exclude={"recipe"}), "url": f"/api/pictures/{one.id}"}
         for one in job.pictures

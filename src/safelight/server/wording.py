@@ -16,6 +16,17 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 PAGES = frozenset({"/", "/openapi.json", "/favicon.ico", "/studio", "/studio/"})
 """Paths that are answered without one of our routes, at least at times."""
 
+_CODES = {
+    401: "no_token",
+    403: "forbidden",
+    404: "not_found",
+    405: "no_method",
+    408: "too_slow",
+    413: "too_large",
+    429: "too_many",
+}
+"""The words for programs in errors that belong to no setting, by their HTTP status."""
+
 _HIDDEN: list[str] = []
 
 
@@ -32,6 +43,13 @@ def public(text: str) -> str:
         if len(path) > 1 and path in text:
             text = re.sub(rf"{re.escape(path)}(?=/|\b|')", "…", text)
     return _whole(text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]}…")
+
+
+def problem(status: int, text: str) -> dict[str, Any]:
+    """Return the body of an error in a form that fits all three APIs."""
+    error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+    code = _CODES.get(status, "invalid" if status < 500 else "failed")
+    return {"detail": text, "code": code, "field": None, "error": error}
 
 
 def route_of(scope: Any) -> str:

@@ -15,14 +15,12 @@ from safelight.server.apis.ours import MODEL, Problem, named, settings_of_body
 from safelight.server.bodies import turn
 from safelight.server.callers import hub_of
 from safelight.server.names import Names
+from safelight.server.served import MAX_NAME
 from safelight.server.wording import public
 from safelight.settings import json_schema
 from safelight.weights.library import SUBFOLDERS
 
 router = APIRouter(tags=["models"])
-
-MAX_MODEL = 300
-"""The most characters of a model's name in a query."""
 
 READ = ("prompt", "negative_prompt", "prompt_syntax", "emphasis", "steps", "embeddings")
 """The settings that say how prompts are read."""
@@ -55,7 +53,7 @@ def names_of(http: HttpRequest) -> Names:
 @router.get("/api/library", response_model=Library, responses={422: {"model": Problem}})
 async def library(
     http: HttpRequest,
-    model: Annotated[str | None, Query(max_length=MAX_MODEL, description=MODEL)] = None,
+    model: Annotated[str | None, Query(max_length=MAX_NAME, description=MODEL)] = None,
 ) -> Library:
     """List the LoRAs, embeddings and styles that requests may name."""
     name = await _found(http, model)

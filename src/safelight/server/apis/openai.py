@@ -48,7 +48,7 @@ from safelight.server.bodies import decoded, decoded_references, read_json, turn
 from safelight.server.callers import caller_of, hub_of
 from safelight.server.disconnects import attended
 from safelight.server.hub import Hub
-from safelight.server.jobs import Job, ModelInfo, Picture, Status
+from safelight.server.jobs import Job, ModelInfo, Picture, Status, StoppingError
 from safelight.server.sizes import enlarging_note, fit_to_model, picture_at
 from safelight.server.streams import EventStream
 
@@ -198,6 +198,7 @@ async def _events(call: _Call, kind: str) -> AsyncIterator[bytes]:
     marks = [i / (wanted + 1) for i in range(1, wanted + 1)]
     shown = 0
     sent: set[str] = set()
+    ended = False
     try:
         async for event in call.hub.events(call.job.id, previews=wanted > 0):
             share = event.job.progress.share
@@ -212,7 +213,11 @@ async def _events(call: _Call, kind: str) -> AsyncIterator[bytes]:
                     finished = await call.picture(picture)
                     yield _event(f"{kind}.completed", {**finished, **call.totals(event.job)})
             if event.kind == "end":
+                ended = True
                 _check_succeeded(event.job)
+        if not ended:  # the client knows no way to get the pictures later
+            await call.hub.cancel(call.job.id)
+            raise StoppingError
     except ApiError as error:
         yield _event("error", error.body)
     except SafelightError as error:
@@ -254,6 +259,7 @@ async def edit(http: HttpRequest) -> Response:
     plan = await hub.plan(model)
     family = None if plan is None else plan.family
     check_files(files, family, await hub.find_model(model))
+    await asyncio.to_thread(lambda: Request(**settings))  # before a picture is decoded
     separate = "mask" in files
     async with turn(http):
         alpha = None

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastapi import Request as HttpRequest
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.picture import encode
 from safelight.request import Request
 from safelight.request_pictures import ALL, MAX_REFERENCES
-from safelight.server.bodies import MAX_BODY
+from safelight.server.caged import MAX_JSON
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
 from safelight.settings import Setting, settings_of
@@ -128,17 +131,30 @@ Files = dict[str, list[list[bytes]]]
 """The files of a form by their names, each in a list that a decoder empties."""
 
 
+_TOO_LONG = (
+    f"the texts of a form must have at most {MAX_JSON >> 20} MiB in all: "
+    "image and mask must be uploaded, as files"
+)
+
+
 async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], Files]:
     """Return OpenAI's fields, the settings, and the files of a form: images, and maybe a mask."""
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind, options = parse_options_header(http.headers.get("content-type"))
+    if kind != b"multipart/form-data":
         raise ApiError(400, "the body must be multipart/form-data, with the picture in it")
+    # Python has codecs that raise anything, and some whose time grows with the square of the text.
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise ApiError(400, "the form's charset must be utf-8, or left out")
     fields: dict[str, Any] = {}
     own = own_settings(Request)
     files: Files = {}
-    # Room for a picture that is sent as text: its error then says what is wrong with it.
-    form = http.form(max_files=32, max_fields=64, max_part_size=MAX_BODY)
-    async with form as parts:
+    length = 0
+    parts = await _form_of(http)
+    try:
         for name, value in parts.multi_items():
+            length += len(name) + (len(value) if isinstance(value, str) else 0)
+            if length > MAX_JSON:
+                raise ApiError(413, _TOO_LONG)
             plain = name.removesuffix("[]")
             if plain not in ("image", "mask"):
                 if not isinstance(value, str):
@@ -156,6 +172,8 @@ async def read_form(http: HttpRequest) -> tuple[ImagesBody, dict[str, Any], File
                 raise ApiError(400, f"{plain} must be {_MOST[plain]}, not more", plain)
             else:
                 files.setdefault(plain, []).append([await value.read()])
+    finally:
+        await parts.close()
     body, settings = read_settings(fields, text=True)
     if "image" not in files:
         raise ApiError(400, "image is needed: a PNG, JPEG or WebP picture", "image")
@@ -177,6 +195,16 @@ def check_files(files: Files, family: Family | None, model: str) -> None:
         if "mask" in files and several - 1 <= family.references:
             return
     raise ApiError(400, f"image must be {told}", "image")
+
+
+async def _form_of(http: HttpRequest) -> FormData:
+    """Return the parts of a form. Raises ApiError if a text is too long, such as a picture."""
+    try:
+        return await http.form(max_files=32, max_fields=64, max_part_size=MAX_JSON)
+    except HTTPException as error:
+        if "exceeded maximum size" in str(error.detail):
+            raise ApiError(413, _TOO_LONG) from None
+        raise
 
 
 def edit_request(

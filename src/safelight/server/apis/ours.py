@@ -168,7 +168,7 @@ async def list_jobs(
 
 @router.get("/api/jobs/{job_id}", response_model=Job, responses={404: {}}, tags=["jobs"])
 async def get_job(request: HttpRequest, job_id: JobId) -> Any:
-    return await hub_of(request).get(job_id, owner=_sees(request)) or _missing("job")
+    return await hub_of(request).get(job_id, owner=_sees(request)) or missing("job")
 
 
 @router.get(
@@ -181,7 +181,7 @@ async def events(request: HttpRequest, job_id: JobId) -> Any:
     """Stream server-sent events: progress, preview, picture, and a last one, end."""
     hub = hub_of(request)
     if await hub.get(job_id, owner=_sees(request)) is None:
-        return _missing("job")
+        return missing("job")
     return EventStream(_stream(hub, job_id))
 
 
@@ -191,9 +191,9 @@ async def cancel(request: HttpRequest, job_id: JobId) -> Any:
     hub, owner = hub_of(request), _sees(request)
     job = await hub.get(job_id, owner=owner)
     if job is None:
-        return _missing("job")
+        return missing("job")
     if not job.status.final:
-        return await hub.cancel(job_id, owner=owner) or _missing("job")
+        return await hub.cancel(job_id, owner=owner) or missing("job")
     await hub.delete(job_id, owner=owner)
     return job
 
@@ -207,7 +207,7 @@ async def cancel(request: HttpRequest, job_id: JobId) -> Any:
 )
 async def retry(request: HttpRequest, job_id: JobId) -> Any:
     """Put a job that failed or was cancelled into the queue again. Others stay as they are."""
-    return await hub_of(request).retry(job_id, owner=_sees(request)) or _missing("job")
+    return await hub_of(request).retry(job_id, owner=_sees(request)) or missing("job")
 
 
 @router.get(
@@ -230,12 +230,12 @@ async def picture(
     async with nullcontext() if hub.files.local else turn(request):
         found = await asyncio.to_thread(hub.files.picture, picture_id)
     if found is None or await _foreign(request, picture_id):
-        return _missing("picture")
+        return missing("picture")
     if width is None and height is None:
         return _png(found)
     async with turn(request):
         data = await asyncio.to_thread(picture_at, hub, picture_id, (width, height))
-    return _missing("picture") if data is None else Response(data, media_type="image/png")
+    return missing("picture") if data is None else Response(data, media_type="image/png")
 
 
 @router.get(
@@ -247,10 +247,10 @@ async def picture(
 async def thumbnail(request: HttpRequest, picture_id: JobId) -> Any:
     """Get a picture at no more than 256 pixels a side."""
     if await _foreign(request, picture_id):
-        return _missing("picture")
+        return missing("picture")
     async with turn(request):
         found = await asyncio.to_thread(hub_of(request).files.thumbnail, picture_id)
-    return _missing("picture") if found is None else _png(found)
+    return missing("picture") if found is None else _png(found)
 
 
 def _png(found: Stored) -> Response:
@@ -353,6 +353,7 @@ async def _foreign(request: HttpRequest, picture_id: str) -> bool:
     return owner is not None and await hub_of(request).job_of(picture_id, owner=owner) is None
 
 
-def _missing(what: str) -> JSONResponse:
+def missing(what: str) -> JSONResponse:
+    """Return the answer about a job or picture that is not there, or not the caller's."""
     body = {"detail": f"there is no such {what}", "code": "not_found", "field": None}
     return JSONResponse(body, 404)
