@@ -143,11 +143,15 @@ def open_pictures(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pictures of a request whose settings name them as files; others are left out."""
     from safelight.request_fields import PICTURES
 
-    names = [name for name in PICTURES if settings.get(name) is not None]
-    return {
-        name: open_mask(settings[name]) if name == "mask" else open_picture(settings[name], name)
-        for name in names
-    }
+    found: dict[str, Any] = {}
+    for name in PICTURES:
+        if (given := settings.get(name)) is None:
+            continue
+        if isinstance(given, list | tuple):  # one for each ControlNet
+            found[name] = [open_picture(one, name) for one in given]
+        else:
+            found[name] = open_mask(given) if name == "mask" else open_picture(given, name)
+    return found
 
 
 def to_tensor(image: Image.Image) -> "torch.Tensor":

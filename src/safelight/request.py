@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from safelight.adapters.asked import MAX_NAME, AskedLora
+from safelight.controls import INPUTS, by_input, by_setting, check_control, each, setting_of
 from safelight.errors import SafelightError
 from safelight.families.control import OF_PICTURES
 from safelight.hires import check_hires, taken, unused_hires
@@ -27,7 +28,7 @@ from safelight.pixels import as_mask, as_rgb, picture_sha256, resized
 from safelight.region import unused_inpainting
 from safelight.request_fields import PICTURES, RequestFields, draw_seed
 from safelight.request_ranges import MAX_SEED
-from safelight.settings import document, explained, settings_of, shown
+from safelight.settings import document, explained, shown
 from safelight.sizes import size_of
 
 MAX_PROMPT = 16 * 1024
@@ -113,11 +114,13 @@ class Request(RequestFields, metaclass=_Listed):
 
     @field_validator(*PICTURES)
     @classmethod
-    def _copy_picture(cls, value: Image | None, info: ValidationInfo) -> Image | None:
-        """Return a converted copy: later changes to the caller's picture do not reach it."""
-        if value is None:
-            return None
-        name = info.field_name
+    def _copy_pictures(cls, value: Any, info: ValidationInfo) -> Any:
+        """Return converted copies: later changes to the caller's pictures do not reach them."""
+        found = tuple(cls._copied(one, str(info.field_name)) for one in each(value))
+        return found if isinstance(value, tuple) else next(iter(found), None)
+
+    @staticmethod
+    def _copied(value: Image, name: str) -> Image:
         if value.mode in ("I", "F"):
             raise SafelightError(
                 f"{name} has PIL's mode {value.mode}, which does not say what white is: bring it "
@@ -154,7 +157,8 @@ class Request(RequestFields, metaclass=_Listed):
                     ),
                     field="mask",
                 )
-        for what in ("guidance", "control", "ip_adapter"):
+        check_control(self)
+        for what in ("guidance", "ip_adapter"):
             start, end = getattr(self, f"{what}_start"), getattr(self, f"{what}_end")
             if (start or 0) > (1 if end is None else end):
                 raise SafelightError(
@@ -237,14 +241,15 @@ class Request(RequestFields, metaclass=_Listed):
         shared, not copied.
         """
         asked = {name: getattr(self, name) for name in (*self.model_fields_set, "seed")}
-        pictures = {n: asked.pop(n, None) for n in PICTURES if n not in changes}
-        kept = {name: picture for name, picture in pictures.items() if picture is not None}
+        kept = {name: asked.pop(name, None) for name in PICTURES if name not in changes}
+        kept = {name: picture for name, picture in kept.items() if picture is not None}
+        stay = set(kept)
         if changes.keys() & {"image", "mask"}:  # one is checked against the other
             both = {name: kept.pop(name) for name in ("image", "mask") if name in kept}
             changes = {**changes, **both}
         made = type(self)(**{**asked, **changes})
         made = made._with_pictures(kept, {}) if kept else made
-        made._digests = {n: digest for n, digest in self._digests.items() if pictures.get(n)}
+        made._digests = {n: one for n, one in self._digests.items() if setting_of(n) in stay}
         return made
 
     def without(self, *names: str) -> Self:
@@ -261,10 +266,10 @@ class Request(RequestFields, metaclass=_Listed):
         given = {"image": image, "mask": mask, **others}
         return self._with_pictures({n: one for n, one in given.items() if one is not None}, {})
 
-    def _with_pictures(self, pictures: Mapping[str, Image], digests: Mapping[str, str]) -> Self:
+    def _with_pictures(self, pictures: Mapping[str, Any], digests: Mapping[str, str]) -> Self:
         """Return the same request with pictures. digests: of the originals, where they differ."""
         made = self.model_copy(update=dict(pictures))
-        made._digests = {name: digests[name] for name in pictures if name in digests}
+        made._digests = dict(digests)
         return made._check_together()
 
     def fitted(self) -> Self:
@@ -287,18 +292,19 @@ class Request(RequestFields, metaclass=_Listed):
         }
         if not pictures:
             return self
-        digests = {name: self._digest(name, getattr(self, name)) for name in pictures}
-        return self._with_pictures({**self.pictures, **pictures}, {**self._digests, **digests})
+        digests = {name: self._digest(name, self.pictures[name]) for name in pictures}
+        fitted = by_setting({**self.pictures, **pictures})
+        return self._with_pictures(fitted, {**self._digests, **digests})
 
     @property
     def pictures(self) -> dict[str, Image]:
-        """The pictures that it has, by their settings."""
-        return {n: one for n in PICTURES if (one := getattr(self, n)) is not None}
+        """The pictures that it has, by their inputs (see `safelight.controls`)."""
+        return by_input({name: getattr(self, name) for name in PICTURES})
 
     @property
     def sized_by(self) -> Image | None:
         """The picture whose size is drawn if none is asked for."""
-        return None if self.is_cropped else self.image or self.control_image
+        return None if self.is_cropped else self.image or self.pictures.get("control_image")
 
     @property
     def is_cropped(self) -> bool:
@@ -323,9 +329,9 @@ class Request(RequestFields, metaclass=_Listed):
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them; pictures by their SHA-256 alone."""
         settings = self.model_dump()
-        for name, setting in settings_of(type(self)).items():
-            if setting.kind is tuple:
-                settings[name] = list(settings[name])
+        for name, value in settings.items():
+            if isinstance(value, tuple):
+                settings[name] = list(value)
         for name, picture in self.pictures.items():
             settings[f"{name}_sha256"] = self._digest(name, picture)
         return settings
@@ -339,27 +345,29 @@ class Request(RequestFields, metaclass=_Listed):
         fitted: `Request.fitted` has resized them already; they are not copied.
         """
         settings = {str(name): value for name, value in settings.items()}
-        digests = {name: settings.pop(f"{name}_sha256", None) for name in PICTURES}
+        digests = {name: settings.pop(f"{name}_sha256", None) for name in INPUTS}
         for name in digests.keys() & settings.keys():
             raise SafelightError(
                 f"{name} stands in a request as {name}_sha256 alone, its digest", field=name
             )
+        given = by_input(pictures)
+        for name, digest in digests.items():
+            if digest is None and name in given:
+                problem = "was not part of this request: leave it out"
+            elif digest is not None and name not in given:
+                problem = f"is needed again: the one of SHA-256 {digest}"
+            else:
+                continue
+            raise SafelightError(f"{name} {problem}", field=setting_of(name))
         if fitted:
             request = cls(**settings).with_pictures(**pictures)
             request._digests = {name: digest for name, digest in digests.items() if digest}
         else:
             request = cls(**settings, **pictures)
-        for name, digest in digests.items():
-            picture = getattr(request, name)
-            if digest is None and picture is not None:
-                problem = "was not part of this request: leave it out"
-            elif digest is not None and picture is None:
-                problem = f"is needed again: the one of SHA-256 {digest}"
-            elif picture is not None and (found := request._digest(name, picture)) != digest:
-                problem = f"must be the one of SHA-256 {digest}, not {found}"
-            else:
-                continue
-            raise SafelightError(f"{name} {problem}", field=name)
+        for name, picture in request.pictures.items():
+            if (found := request._digest(name, picture)) != digests[name]:
+                problem = f"must be the one of SHA-256 {digests[name]}, not {found}"
+                raise SafelightError(f"{name} {problem}", field=setting_of(name))
         return request
 
     def to_json(self) -> str:

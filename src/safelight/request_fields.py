@@ -17,7 +17,9 @@ from safelight.request_ranges import (
     CacheBranch,
     CacheEvery,
     ClipSkip,
+    ControlImage,
     ControlScale,
+    ControlShare,
     Count,
     Guidance,
     HiresScale,
@@ -54,6 +56,7 @@ def _samplers() -> tuple[str, ...]:
 _OWN, _OWN_SIZE = "the model's own", "the model's own, or the picture's"
 _DRAWN, _LEVELS = "that of the picture", "set by fast"
 _SDXL, _FAST, _CONTROL, _IP_ADAPTER = "SDXL", "Fast mode", "ControlNet", "IP-Adapter"
+_PICTURE = "a PIL picture (safelight.picture.open_picture reads one from a file)"
 _INPAINTING, _HIRES = "Inpainting", "Second pass"
 
 
@@ -179,7 +182,7 @@ class RequestFields(BaseModel):
     image: Annotated[
         Image | None,
         About(
-            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
+            accepts=_PICTURE,
             aliases=("--init-image", "--init-img", "--input"),
         ),
     ] = Field(None, exclude=True, repr=False, description="picture to start from")
@@ -217,12 +220,8 @@ class RequestFields(BaseModel):
         description="what the masked part begins with below strength 1; fill is the colours beside",
     )
     control_image: Annotated[
-        Image | None,
-        About(
-            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
-            some_models=True,
-            group=_CONTROL,
-        ),
+        ControlImage | None,
+        About(accepts=_PICTURE, some_models=True, group=_CONTROL),
     ] = Field(
         None,
         exclude=True,
@@ -239,7 +238,7 @@ class RequestFields(BaseModel):
         ),
     ] = Field(1.0, description="how much `control_image` guides; 0 is not at all")
     control_start: Annotated[
-        Share,
+        ControlShare,
         About(
             aliases=("--control-guidance-start",),
             slider=(0, 1, 0.05),
@@ -248,7 +247,7 @@ class RequestFields(BaseModel):
         ),
     ] = Field(0.0, description="share of the steps after which `control_image` begins to guide")
     control_end: Annotated[
-        Share,
+        ControlShare,
         About(
             aliases=("--control-guidance-end",),
             slider=(0, 1, 0.05),
@@ -282,11 +281,7 @@ class RequestFields(BaseModel):
     ] = Field(None, description="steps of the second pass, before `hires_strength` leaves some out")
     ip_adapter_image: Annotated[
         Image | None,
-        About(
-            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
-            some_models=True,
-            group=_IP_ADAPTER,
-        ),
+        About(accepts=_PICTURE, some_models=True, group=_IP_ADAPTER),
     ] = Field(
         None,
         exclude=True,

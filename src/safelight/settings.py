@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 TEXT = "text of at most 16 KiB"
 CHARACTERS = " without NUL characters or lone surrogates"
+SEVERAL = ", or a list of at most 4, one for each ControlNet"
 MAX_TEXTS = 32
 """The most texts in one list."""
 
@@ -99,9 +100,10 @@ class About:
 class Setting:
     """One setting, read from a field of a Request class.
 
-    kind: str, int, float, bool, tuple for a list of texts, or None for a picture. description:
-    what it does. lowest, highest: limits, None without; above: whether `lowest` itself is
-    excluded. choices: all values, empty if they are not listed. optional: whether it may be None.
+    kind: str, int, float, bool, tuple for a list of texts, or None for a picture. several: whether
+    it may be a list of such, one for each ControlNet. description: what it does. lowest, highest:
+    limits, None without; above: whether `lowest` itself is excluded. choices: all values, empty if
+    they are not listed. optional: whether it may be None.
     """
 
     name: str
@@ -115,10 +117,16 @@ class Setting:
     multiple: int | None
     choices: tuple[str, ...]
     about: About
+    several: bool = False
 
     @property
     def accepts(self) -> str:
         """The accepted values in words, as in "a whole number from 1 to 1000"."""
+        return f"{self.accepts_one}{SEVERAL}" if self.several else self.accepts_one
+
+    @property
+    def accepts_one(self) -> str:
+        """The same of one value, where there may be several."""
         if self.kind is tuple:
             each = f", each {self.about.accepts}" if self.about.accepts else ""
             return f"a list of at most {MAX_TEXTS} texts{each}"
@@ -172,11 +180,15 @@ class Setting:
     def parse(self, text: str) -> Any:
         """Return the value that a text stands for, or the text unchanged if it is no such value.
 
-        The texts of a list are separated by commas or line ends. `Request` checks the value, and
+        The values of a list are separated by commas or line ends. `Request` checks the value, and
         says what would be right.
         """
+        parts = tuple(part for part in map(str.strip, re.split(r"[,\n]", text)) if part)
         if self.kind is tuple:
-            return tuple(part for part in map(str.strip, re.split(r"[,\n]", text)) if part)
+            return parts
+        return tuple(map(self._parse_one, parts)) if self.several else self._parse_one(text)
+
+    def _parse_one(self, text: str) -> Any:
         try:
             if self.kind is int:
                 return int(text)
@@ -189,8 +201,8 @@ class Setting:
         return text
 
     def text(self, value: Any) -> Any:
-        """Return a list of texts as one text, a line for each; other values unchanged."""
-        return "\n".join(value) if self.kind is tuple else value
+        """Return a list as one text, a line for each value; other values unchanged."""
+        return "\n".join(map(str, value)) if isinstance(value, tuple | list) else value
 
     def schema(self) -> dict[str, Any]:
         """Return the setting's JSON Schema.
@@ -211,8 +223,10 @@ class Setting:
             plain["maximum"] = self.highest
         if self.multiple is not None:
             plain["multipleOf"] = self.multiple
-        plain = {"anyOf": [plain, {"type": "null"}]}
+        array = {"type": "array", "items": plain}
+        plain = {"anyOf": [plain, *([array] if self.several else []), {"type": "null"}]}
         accepts = self.accepts if self.kind else "a PNG, JPEG or WebP picture in base64"
+        accepts += SEVERAL if self.several and not self.kind else ""
         plain["description"] = f"{self.description}: {accepts} (left out: {self.left_out})"
         own = self.kind is not None and not self.about.default
         if own and self.default is not None and not callable(self.default):
@@ -336,6 +350,8 @@ def _setting(name: str, field: FieldInfo) -> Setting:
     about = next((one for one in metadata if isinstance(one, About)), About())
     literal = kinds and get_origin(kinds[0]) is Literal
     bare = [tuple if get_origin(kind) is tuple else kind for kind in kinds]
+    several = tuple in bare and len(bare) > 1
+    bare = [kind for kind in bare if not several or kind is not tuple]
     if about.choices is not None:
         choices = about.choices()
     else:
@@ -358,6 +374,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
         multiple=limits.get("multiple_of"),
         choices=choices,
         about=about,
+        several=several,
     )
 
 

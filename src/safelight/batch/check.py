@@ -99,7 +99,7 @@ class Rules:
         settings = {n: v for n, v in settings.items() if v is not None and (n, v) != ("seed", -1)}
         settings.setdefault("seed", seed_of(row_id))
         settings |= {
-            name: self._path(name, settings[name]) for name in PICTURES if name in settings
+            name: self._paths(name, settings[name]) for name in PICTURES if name in settings
         }
         if "mask" in settings and "image" not in settings:
             raise SafelightError(
@@ -139,6 +139,21 @@ class Rules:
             raise SafelightError(f"id must be printable and short, not {shown(found)}")
         return str(found)
 
+    def _paths(self, name: str, given: Any) -> str | list[str]:
+        """Return the path of a setting's picture, or those of several.
+
+        Several stand in a list, or in one text with commas or line ends between them.
+        """
+        if _SETTINGS[name].several and isinstance(given, str) and re.search(r"[,\n]", given):
+            try:
+                return self._path(name, given)  # a file's name may have a comma
+            except SafelightError:
+                given = [part for part in map(str.strip, re.split(r"[,\n]", given)) if part]
+        if not isinstance(given, list | tuple):
+            return self._path(name, given)
+        paths = [self._path(name, one) for one in given]
+        return paths[0] if len(paths) == 1 else paths
+
     def _path(self, name: str, given: Any) -> str:
         if not isinstance(given, str):
             raise SafelightError(f"{name} must be the path of a picture, not {shown(given)}")
@@ -156,8 +171,13 @@ def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     7 becomes 7.0, and a picture becomes the SHA-256 of its file, wherever that is.
     """
-    numbers = {n: float(v) if _SETTINGS[n].kind is float else v for n, v in settings.items()}
-    return numbers | {n: _sha256_of(settings[n]) for n in PICTURES if n in settings}
+    found = dict(settings)
+    for name, value in settings.items():
+        of = _sha256_of if name in PICTURES else float if _SETTINGS[name].kind is float else None
+        if of is not None:
+            several = isinstance(value, list | tuple)
+            found[name] = [of(one) for one in value] if several else of(value)
+    return found
 
 
 def _sha256_of(path: str) -> str:

@@ -123,12 +123,17 @@ def batch(
     """
     from safelight.batch.check import Rules
     from safelight.batch.run import How, Job
+    from safelight.controls import each
     from safelight.request_fields import PICTURES
 
     if shard_rows is not None and shards is None:
         raise SafelightError("--shard-rows needs --shards webdataset or parquet")
     settings = loading.with_words(settings)
-    pictures = {n: str(expanded(settings[n]).absolute()) for n in PICTURES if n in settings}
+    pictures = {
+        name: [str(expanded(one).absolute()) for one in each(settings[name])]
+        for name in PICTURES
+        if name in settings
+    }
     rules = Rules(
         defaults={**settings, **pictures},
         templates=_templates(given or []),

@@ -8,6 +8,7 @@ from typer import Option
 from safelight.cli import options
 from safelight.cli.groups import Loading, spread
 from safelight.cli.output import StepBar, say, warn
+from safelight.controls import each
 from safelight.errors import SafelightError
 from safelight.families.control import NETWORKS
 from safelight.interrupt import ctrl_c_waits
@@ -97,13 +98,19 @@ def _pixels(request: "Request") -> int:
 
 def _check_networks(loading: Loading, request: "Request") -> None:
     """Raise SafelightError for a picture without the network that reads it; warn of the reverse."""
+    given = loading.keywords
     for picture, network, kind in NETWORKS:
         shown, option = (f"--{name.replace('_', '-')}" for name in (picture, network))
-        given = getattr(loading, network)
-        if given is None and getattr(request, picture) is not None:
+        nets, pictures = (len(each(one)) for one in (given[network], getattr(request, picture)))
+        if pictures and not nets:
             raise SafelightError(f"{shown} needs {kind}: give one with {option}", field=picture)
-        if given is not None and getattr(request, picture) is None:
+        if nets and not pictures:
             warn(f"{option} does nothing without {shown}")
+        elif nets != pictures:
+            raise SafelightError(
+                f"{shown} must be given once for each {option}, {nets} times, not {pictures}",
+                field=picture,
+            )
 
 
 def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> None:

@@ -267,7 +267,7 @@ class LatentFamily(AutoencodedFamily):
         import torch
 
         from safelight.nets.image_prompt import joined
-        from safelight.nets.unet import guidance_embedding
+        from safelight.nets.unet import guidance_embedding, plus
 
         net, x, times, scales = model.network, [], [], []
         # The evaluations of a guided picture share a row, unless other pictures have another
@@ -289,11 +289,14 @@ class LatentFamily(AutoencodedFamily):
         pooled = _joined([c.pooled for c in conditionings], rows_in.dtype)
         sizes = _joined([c.sizes for c in conditionings], torch.float32)
         added = None
-        if (control := conditionings[0].control) is not None:  # the same for all of them
+        for control in conditionings[0].control:  # the same for all of them
             most = reuse.skips if reuse is not None and reuse.taken else None
             alone = rows_in[:, : net.config.out_channels]  # without a mask and the picture around
             hint, scale = control.hint, control.scale
-            added = control.network(alone, at, context, hint, scale, pooled, sizes, most)
+            more = control.network(alone, at, context, hint, scale, pooled, sizes, most)
+            added = (
+                more if added is None else [plus(*both) for both in zip(added, more, strict=True)]
+            )
         seen = [c.image for c in conditionings if c.image is not None]
         image = joined(seen) if seen else None
         return net(rows_in, at, context, embedded, pooled, sizes, reuse, added, image).float()

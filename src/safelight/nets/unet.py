@@ -277,15 +277,15 @@ class UNet2DConditionModel(UNetEncoder):
                 x = self.mid_block(x, temb, context, reuse, image)
         if control is not None:
             if not taken:
-                x = _plus(x, control[-1])
-            skips = [_plus(*both) for both in zip(skips, control, strict=False)]
+                x = plus(x, control[-1])
+            skips = [plus(*both) for both in zip(skips, control, strict=False)]
         for i, up in enumerate(self.up_blocks):
             if first < layers * (i + 1):
                 x = up(x, skips, temb, context, reuse, max(0, first - layers * i), image)
         return self.conv_out(self.conv_norm_out.silu(x, self.conv_out))
 
 
-def _plus(x: Tensor, added: Tensor) -> Tensor:
+def plus(x: Tensor, added: Tensor) -> Tensor:
     """Return the sum of two maps, of which one may have a row for several of the other."""
     n = max(len(x), len(added))
     return rows(x, n) + rows(added, n)

@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from safelight import __version__
+from safelight.controls import INPUTS
 from safelight.errors import SafelightError, StorageError
 from safelight.picture import save_whole
-from safelight.request_fields import PICTURES
 from safelight.server import schema, snapshot
 from safelight.server.files import MARK, RESTORING, input_name, picture_name
 from safelight.server.private import DATABASE
@@ -201,7 +201,7 @@ def _names(database: Path) -> Iterator[tuple[str, str]]:
     """Yield each job's id with the names of its files, the oldest job first."""
     with closing(sqlite3.connect(database)) as db:
         for job_id, request in db.execute("SELECT id, request FROM jobs ORDER BY created"):
-            for which in PICTURES:
+            for which in INPUTS:
                 if f'"{which}_sha256"' in request:
                     yield job_id, input_name(job_id, which)
         for job_id, picture_id in db.execute("SELECT job, id FROM pictures ORDER BY created"):

@@ -15,10 +15,10 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from safelight.controls import INPUTS
 from safelight.errors import SafelightError, StorageError
 from safelight.picture import HALF, open_picture, reason, write_plain_png, write_png
 from safelight.progress import Reader
-from safelight.request_fields import PICTURES
 from safelight.server import private, quarantine
 from safelight.storage import Stored, storage_at
 
@@ -33,7 +33,7 @@ RESTORING = "restore.unfinished"
 """A file that exists while a backup is copied to a storage."""
 
 _ID = re.compile(r"[0-9a-f]{32}")
-_OURS = re.compile(rf"([0-9a-f]{{32}})(?:-(?:{'|'.join(PICTURES)}))?\.png")
+_OURS = re.compile(rf"([0-9a-f]{{32}})(?:-(?:{'|'.join(INPUTS)}))?\.png")
 """Names of files that this class writes. Other files in its folders are a person's, and stay."""
 
 
@@ -160,7 +160,7 @@ class Files:
         self._save(picture_name(picture_id), lambda file: write_png(file, image, texts))
 
     def remove_inputs(self, job_id: str) -> None:
-        self.storage.remove(input_name(job_id, name) for name in PICTURES)
+        self.storage.remove(input_name(job_id, name) for name in INPUTS)
 
     def remove_pictures(self, picture_ids: Iterable[str]) -> None:
         self.storage.remove(
@@ -171,7 +171,7 @@ class Files:
 
     def size_of(self, job_id: str, picture_ids: Iterable[str]) -> int:
         """Return the bytes of all files of a job."""
-        names = [input_name(job_id, name) for name in PICTURES]
+        names = [input_name(job_id, name) for name in INPUTS]
         for picture_id in picture_ids:
             names += [picture_name(picture_id), thumbnail_name(picture_id)]
         found = (self.storage.find(name) for name in names)

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from safelight.controls import each
 from safelight.engine import Engine
 from safelight.engine.capacity import Capacity, free_memory, out_of_memory
 from safelight.errors import SafelightError
@@ -292,8 +293,8 @@ class LoadedModels:
             find_vae(settings.vae, models_dir=settings.models_dir)
         if settings.refiner is not None:
             find(settings.refiner, models_dir=settings.models_dir)
-        if settings.controlnet is not None:
-            find_controlnet(settings.controlnet, models_dir=settings.models_dir)
+        for controlnet in each(settings.controlnet):
+            find_controlnet(controlnet, models_dir=settings.models_dir)
         if settings.image_encoder is not None:
             find_image_encoder(settings.image_encoder, models_dir=settings.models_dir)
 

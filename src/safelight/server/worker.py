@@ -11,11 +11,11 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from safelight.controls import INPUTS, by_input, by_setting
 from safelight.engine.capacity import out_of_memory
 from safelight.engine.preview import decodes_previews
 from safelight.errors import SafelightError, StorageError
 from safelight.request import Request
-from safelight.request_fields import PICTURES
 from safelight.server.claims import Claim, LostError
 from safelight.server.held import FEWEST, JOBS, Held, bound, full
 from safelight.server.holder import Holder
@@ -272,7 +272,7 @@ class Worker(Holder):
             steps_total=each * request.count,
             steps_done=each * len(claim.done),
             warnings=list(result.warnings),
-            input_bytes=sum(3 * picture.width * picture.height for picture in pictures.values()),
+            input_bytes=sum(3 * one.width * one.height for one in by_input(pictures).values()),
         )
         self._tell("progress", self._held[claim.id])
         if not mine:
@@ -286,8 +286,8 @@ class Worker(Holder):
         """
         if claim.left:
             self._files.remove_pictures(claim.left)
-        names = (name for name in PICTURES if f"{name}_sha256" in claim.settings)
-        return {name: self._files.input(claim.id, name) for name in names}
+        names = (name for name in INPUTS if f"{name}_sha256" in claim.settings)
+        return by_setting({name: self._files.input(claim.id, name) for name in names})
 
     # --- drawing ---------------------------------------------------------------------------------
 

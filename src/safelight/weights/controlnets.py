@@ -8,14 +8,16 @@ UNet and from the file's keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from safelight.controls import CONTROLNETS, each
 from safelight.errors import SafelightError
 from safelight.families.base import Part
 from safelight.weights.check import Header, refusal
-from safelight.weights.find import Source
+from safelight.weights.find import Source, find_controlnet
 from safelight.weights.folder import Folder
 from safelight.weights.headers import plain_header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, unet_names
@@ -39,8 +41,28 @@ _FOREIGN = (
 """The beginnings of keys in files of other kinds, and what those are."""
 
 
-def with_controlnet(plan: Plan, source: Source) -> Plan:
-    """Return the plan of a model with a ControlNet.
+def with_controlnets(
+    plan: Plan,
+    given: str | Path | Sequence[str | Path] | None,
+    models_dir: str | Path | None = None,
+    *,
+    download: bool,
+) -> Plan:
+    """Return the plan of a model with ControlNets, if any are named; see `with_controlnet`.
+
+    given: names of one or several, see `weights.find`. Raises SafelightError.
+    """
+    names = each(given)
+    if len(names) > len(CONTROLNETS):
+        raise SafelightError(f"{len(names)} ControlNets: at most {len(CONTROLNETS)} guide at once")
+    for use, name in zip(CONTROLNETS, names, strict=False):
+        source = find_controlnet(name, download=download, models_dir=models_dir)
+        plan = with_controlnet(plan, source, use)
+    return plan
+
+
+def with_controlnet(plan: Plan, source: Source, use: str = CONTROLNETS[0]) -> Plan:
+    """Return the plan of a model with a ControlNet. use: one of CONTROLNETS.
 
     Raises SafelightError if it is malformed, is no ControlNet, or does not fit the model.
     """
@@ -57,7 +79,7 @@ def with_controlnet(plan: Plan, source: Source) -> Plan:
     found = _folder_plan(source) if source.path.is_dir() else _file_plan(source, plan)
     check_depth(source, found.config.depth, len(found.weights))
     _check_fit(found, plan)
-    return plan.with_additions({"controlnet": found}, [])
+    return plan.with_additions({use: found}, [])
 
 
 def _folder_plan(source: Source) -> Addition:
@@ -67,7 +89,11 @@ def _folder_plan(source: Source) -> Addition:
         if named in (None, [None, None]):
             raise refusal(source.name, f"a model without a ControlNet; a {PART.network} is needed")
         if not isinstance(named, list) or named[-1] != PART.network:
-            raise refusal(source.name, "several ControlNets; one can guide: give the folder of one")
+            raise refusal(
+                source.name,
+                "several ControlNets: give its folders controlnet, controlnet_1 and so on, each "
+                "with --controlnet",
+            )
         path = path / "controlnet"
     folder = Folder(path, source.name, index="config.json")
     folder.flat = True

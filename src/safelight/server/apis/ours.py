@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Header, Path, Query, Response
 from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, Field, TypeAdapter
 
+from safelight.controls import by_input, by_setting, check_room, setting_of
 from safelight.errors import SafelightError
 from safelight.request import Request
 from safelight.request_fields import PICTURES
+from safelight.request_ranges import MAX_CONTROLS
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import check_json, decode_base64, decoded, read_json, turn
@@ -83,6 +85,18 @@ def named(settings: dict[str, Any]) -> str | None:
     raise SafelightError(f"model must be {MODEL}, not {shown(model)}", field="model")
 
 
+def _each(sent: Any, name: str) -> tuple[Any, ...]:
+    """Return the pictures that a body has for a setting. Raises SafelightError for too many."""
+    if not (isinstance(sent, list) and settings_of(Request)[name].several):
+        return (sent,)
+    found = tuple(cast("list[Any]", sent))
+    if not 1 <= len(found) <= MAX_CONTROLS:
+        raise SafelightError(
+            f"{name} must be 1 to {MAX_CONTROLS} pictures, not {len(found)}", field=name
+        )
+    return found
+
+
 @router.post(
     "/api/jobs",
     status_code=202,
@@ -108,15 +122,15 @@ async def submit(
         webhook = check_url(webhook, private=hub_of(request).webhooks.private)
     names = [name for name in PICTURES if name in settings]
     async with turn(request) if names else nullcontext():
-        data = {name: [decode_base64(settings.pop(name), name)] for name in names}
+        given = by_input({name: _each(settings.pop(name), name) for name in names})
+        data = {place: [decode_base64(sent, setting_of(place))] for place, sent in given.items()}
         asked = await asyncio.to_thread(lambda: Request(**settings))
-        kinds = {"mask": "mask"}
-        asked = asked.with_pictures(
-            **{
-                name: await decoded(request, kinds.get(name, "picture"), data[name], name)
-                for name in reversed(names)  # the mask before the image, as it is smaller
-            }
-        )
+        pictures: dict[str, Any] = {}
+        for place in reversed(data):  # the mask before the image, as it is smaller
+            kind = "mask" if place == "mask" else "picture"
+            pictures[place] = await decoded(request, kind, data[place], setting_of(place))
+            check_room(pictures)
+        asked = asked.with_pictures(**by_setting(pictures))
         return await hub_of(request).submit(
             asked,
             idempotency_key=idempotency_key,
