@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
-from safelight.families.control import CONTROL
+from safelight.families.control import CONTROL, each
 from safelight.request_fields import PICTURES
 from safelight.request_ranges import MAX_CONTROLS
 
@@ -45,13 +45,6 @@ class Guide:
 def in_bounds(start: float, end: float, row: int, rows: int) -> bool:
     """Return whether all of a row lies between two shares of the rows."""
     return start <= row / rows and (row + 1) / rows <= end
-
-
-def each(value: Any) -> tuple[Any, ...]:
-    """Return the values of a setting or an argument as a tuple; none for None."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def setting_of(name: str) -> str:

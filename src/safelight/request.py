@@ -19,9 +19,9 @@ from pydantic import (
 )
 
 from safelight.adapters.asked import MAX_NAME, AskedLora
-from safelight.controls import INPUTS, by_input, by_setting, check_control, each, setting_of
+from safelight.controls import INPUTS, by_input, by_setting, check_control, setting_of
 from safelight.errors import SafelightError
-from safelight.families.control import OF_PICTURES
+from safelight.families.control import OF_PICTURES, each
 from safelight.hires import check_hires, taken, unused_hires
 from safelight.keywords import Pictures, RequestSettings
 from safelight.pixels import as_mask, as_rgb, picture_sha256, resized

@@ -201,8 +201,11 @@ class Setting:
         return text
 
     def text(self, value: Any) -> Any:
-        """Return a list as one text, a line for each value; other values unchanged."""
-        return "\n".join(map(str, value)) if isinstance(value, tuple | list) else value
+        """Return a list as one text, a line for each text or commas between numbers; other values
+        unchanged.
+        """
+        between = "\n" if self.kind is tuple else ", "
+        return between.join(map(str, value)) if isinstance(value, tuple | list) else value
 
     def schema(self) -> dict[str, Any]:
         """Return the setting's JSON Schema.

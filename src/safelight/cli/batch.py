@@ -123,7 +123,7 @@ def batch(
     """
     from safelight.batch.check import Rules
     from safelight.batch.run import How, Job
-    from safelight.controls import each
+    from safelight.families.control import each
     from safelight.request_fields import PICTURES
 
     if shard_rows is not None and shards is None:

@@ -8,9 +8,8 @@ from typer import Option
 from safelight.cli import options
 from safelight.cli.groups import Loading, spread
 from safelight.cli.output import StepBar, say, warn
-from safelight.controls import each
 from safelight.errors import SafelightError
-from safelight.families.control import NETWORKS
+from safelight.families.control import NETWORKS, each
 from safelight.interrupt import ctrl_c_waits
 from safelight.sizes import drawable_size
 

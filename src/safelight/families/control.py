@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
 
@@ -25,6 +25,13 @@ NETWORKS = (
 for the network."""
 
 
+def each(value: Any) -> tuple[Any, ...]:
+    """Return the values of a setting or an argument as a tuple; none for None."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
 def check_networks(model: str, request: Request, there: Mapping[str, int]) -> None:
     """Raise SafelightError if a request has pictures that are not one for each network.
 
@@ -40,7 +47,7 @@ def check_networks(model: str, request: Request, there: Mapping[str, int]) -> No
                 f"{network}, or leave it out",
                 field=picture,
             )
-        count = len(given) if isinstance(given, tuple) else 1
+        count = len(each(given))
         if count != there[network]:
             raise SafelightError(
                 f"{picture} must be {_pictures(there[network])} for {model}, one for each of its "

@@ -10,10 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from safelight.controls import each
 from safelight.engine import Engine
 from safelight.engine.capacity import Capacity, free_memory, out_of_memory
 from safelight.errors import SafelightError
+from safelight.families.control import each
 from safelight.fast import memory
 from safelight.machine import device_memory
 from safelight.server.jobs import ModelInfo

@@ -22,11 +22,10 @@ from safelight.adapters.keys import (
     text_width,
 )
 from safelight.adapters.reader import PromptReader
-from safelight.controls import each
 from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
 from safelight.families import Family, family_of_folder
-from safelight.families.control import check_networks
+from safelight.families.control import check_networks, each
 from safelight.hires import check_model
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request

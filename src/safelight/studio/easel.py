@@ -18,7 +18,10 @@ from safelight.server.decoding import Decoders
 from safelight.studio.suits import Suits
 
 EDITORS = 3
-"""The editors of the form: of the picture to start from, the control image and the prompt."""
+"""The editors of the form: of the picture to start from, the control image and the prompt.
+
+A server of several ControlNets has one for each.
+"""
 
 MAX_LAYERS = 4
 """Layers of an editor's picture: each is held decoded. Ours has one."""
@@ -52,10 +55,13 @@ def editor(name: str, label: str) -> gr.ImageEditor:
 
 
 def turn(
-    values: Sequence[Any], decoders: Decoders, client: str
+    values: Sequence[Any], decoders: Decoders, client: str, count: int = EDITORS
 ) -> AbstractAsyncContextManager[None]:
-    """Return the client's turn to hold the editors' decoded pictures; none without a picture."""
-    empty = not any(map(_filled, values[-2 * EDITORS :: 2]))
+    """Return the client's turn to hold the editors' decoded pictures; none without a picture.
+
+    count: of the editors, whose values are the last.
+    """
+    empty = not any(map(_filled, values[-2 * count :: 2]))
     return nullcontext() if empty else decoders.handling.turn(client)
 
 
@@ -65,19 +71,19 @@ def _filled(picture: Any) -> bool:
 
 
 async def read_easels(
-    values: Sequence[Any], decoders: Decoders, client: str, suits: Suits
+    values: Sequence[Any], decoders: Decoders, client: str, suits: Suits, count: int = EDITORS
 ) -> list[Any]:
     """Return the values of all fields with the editors' pictures decoded.
 
     An editor's value is replaced by its background (RGB and alpha channel) and a list of its
     layers' alpha channels, or by None without a background. suits: of the model that is to draw;
     without a ControlNet, the control image is not read, nor the prompt's without an IP-Adapter.
-    client: who asks. Raises SafelightError.
+    client: who asks. count: of the editors. Raises SafelightError.
     """
     found = [*values]
     for place, name, read in (
-        (-6, "the picture", True),
-        (-4, "the control image", suits.guided),
+        (-2 * count, "the picture", True),
+        *((-2 * i, "the control image", suits.guided) for i in range(count - 1, 1, -1)),
         (-2, "the picture of the prompt", suits.prompted),
     ):
         found[place] = await _read(found[place] if read else None, decoders, client, name)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from safelight.controls import INPUTS, by_input, by_setting, setting_of
 from safelight.errors import SafelightError
-from safelight.families.control import CONTROL, IP_ADAPTER
+from safelight.families.control import CONTROL, IP_ADAPTER, each
 from safelight.request import Request
-from safelight.request_fields import PICTURES
 from safelight.sampling import SAMPLERS
 from safelight.settings import Setting, settings_of
 from safelight.sizes import allowed_size
@@ -30,7 +30,7 @@ WORDS = (
 """The settings that say what a prompt means; `words.js` adds choosers to their fields."""
 
 
-_DIGESTS = tuple(f"{name}_sha256" for name in PICTURES)
+_DIGESTS = tuple(f"{name}_sha256" for name in INPUTS)
 
 
 def further_settings(request_type: type[Request]) -> list[Setting]:
@@ -85,12 +85,18 @@ def request(
         "spacing": None if spacing == OWN else spacing,
         "eta": eta,
     }
-    *more, picture, enlarged, control, control_enlarged, prompted, prompt_enlarged = rest
+    further = further_settings(Request)
+    more, (picture, enlarged, *controls, prompted, prompt_enlarged) = (
+        rest[: len(further)],
+        rest[len(further) :],
+    )
     image, mask = painted(picture, enlarged)
-    guide = painted(control, control_enlarged)[0] if suits.guided else None
+    guiding = [painted(*both)[0] for both in zip(controls[::2], controls[1::2], strict=True)]
+    guiding = guiding[: suits.guides] if suits.guided else []
+    guide = next((one for one in guiding if one is not None), None)
     prompting = painted(prompted, prompt_enlarged)[0] if suits.prompted else None
     idle = {*(CONTROL if guide is None else ()), *(IP_ADAPTER if prompting is None else ())}
-    for setting, value in zip(further_settings(Request), more, strict=True):
+    for setting, value in zip(further, more, strict=True):
         if not suits.has(setting) or setting.name in idle:
             continue
         settings |= _entered(setting, value)
@@ -111,7 +117,19 @@ def request(
         near = allowed_size((round(sized.width * scale), round(sized.height * scale)))
         settings |= {"width": near[0], "height": near[1]}
     others = {"control_image": guide, "ip_adapter_image": prompting}
+    if guide is not None and len(guiding) > 1:
+        others |= by_setting(by_input({"control_image": [one or guide for one in guiding]}))
+        scale = CONTROL[1]
+        settings[scale] = _without_picture(settings[scale], [one is None for one in guiding])
     return Request(**settings).with_pictures(image, mask, **others)
+
+
+def _without_picture(scale: Any, empty: list[bool]) -> Any:
+    """Return control_scale, 0 for each ControlNet whose picture is empty."""
+    scales = each(scale) * (len(empty) if len(each(scale)) == 1 else 1)
+    if len(scales) != len(empty) or not any(empty):
+        return scale
+    return tuple(0.0 if off else one for one, off in zip(scales, empty, strict=True))
 
 
 def _entered(setting: Setting, value: Any) -> dict[str, Any]:
@@ -163,8 +181,14 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
             known[name] = value
         except SafelightError as error:
             told.append(str(error))
-    if settings.get("control_image_sha256") is not None and not suits.guided:
+    guides = sum(
+        settings.get(f"{n}_sha256") is not None for n in INPUTS if setting_of(n) == CONTROL[0]
+    )
+    if guides and not suits.guided:
         told.append("the control image needs a ControlNet, which this model does not have")
+        known = {name: value for name, value in known.items() if name not in CONTROL}
+    elif guides > suits.guides or any(len(each(known.get(n))) > suits.guides for n in CONTROL):
+        told.append(f"it has {guides} control images, and this model has {suits.guides} ControlNet")
         known = {name: value for name, value in known.items() if name not in CONTROL}
     if settings.get("ip_adapter_image_sha256") is not None and not suits.prompted:
         told.append("the prompt's picture needs an IP-Adapter, which this model does not have")

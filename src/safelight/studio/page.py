@@ -12,9 +12,10 @@ import gradio as gr
 from gradio.themes import Base
 from PIL import Image
 
+from safelight.controls import INPUTS, by_setting
 from safelight.errors import SafelightError
 from safelight.picture import open_picture
-from safelight.request_fields import PICTURES, draw_seed
+from safelight.request_fields import draw_seed
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
 from safelight.studio import easel, entries
@@ -85,10 +86,11 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             mask: Image.Image | None = None,
             control: Image.Image | None = None,
             prompting: Image.Image | None = None,
+            *controls: Image.Image | None,
         ) -> list[Any]:
             """Return updates that fill the form with a recipe, and say what cannot be used.
 
-            name: the model that is to draw.
+            name: the model that is to draw. controls: further control images.
             """
             suits = await suits_of(hub, name)
             values, told = entries.shown(settings, suits)
@@ -104,8 +106,10 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 told.insert(0, "the picture to start from is not stored: add it below")
             guide: dict[str, Any] = form.guiding(suits) | ({"open": True} if guided else {})
             shown: dict[str, Any] = form.prompting(suits) | ({"open": True} if prompted else {})
-            easels = *easel.on_easel(image, mask), *easel.on_easel(control)
-            easels = *easels, *easel.on_easel(prompting)
+            # A form has as many editors as the server has ControlNets.
+            guiding = [control, *controls, *[None] * len(form.controls)][: len(form.controls)]
+            pictures = *map(easel.on_easel, guiding), easel.on_easel(prompting)
+            easels = *easel.on_easel(image, mask), *(part for one in pictures for part in one)
             return [
                 gr.Tabs(selected="make"),
                 name,
@@ -131,7 +135,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
         async def recall(now: str, event: gr.EventData, by: gr.Request) -> list[Any]:
             """Fill the form with all settings of a picture, its model and what it started from."""
             job, picture = await _picture(hub, event, by)
-            start = [await _stored(decoders, by, hub.files.input, job.id, n) for n in PICTURES]
+            start = [await _stored(decoders, by, hub.files.input, job.id, n) for n in INPUTS]
             try:
                 name = await hub.find_model(job.model)
                 return await settle(picture.recipe["settings"], name, *start)
@@ -177,10 +181,12 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             prompt = settings.pop("prompt", "")
             settings.pop("count", None)
             with tempfile.TemporaryDirectory() as folder:
-                for name in PICTURES:
+                paths: dict[str, Any] = {}
+                for name in INPUTS:
                     if settings.pop(f"{name}_sha256", None) is not None:
                         where = hub.files.input_path, job.id, name, Path(folder)
-                        settings[name] = await _stored(decoders, by, *where)
+                        paths[name] = await _stored(decoders, by, *where)
+                settings |= by_setting(paths)
                 async for update in inside.show(prompt, settings, job.model, by):
                     yield [gr.Tabs(selected="inside"), *update]
 
@@ -199,7 +205,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             shown.recall(recall, model, settled, **quiet)
             used = [tabs, form.change, form.prompt, form.width, form.height, *form.easel]
             shown.use(use, None, used, **quiet)
-            shown.guide(read_alone, None, [tabs, form.guide, *form.control_easel], **quiet)
+            shown.guide(read_alone, None, [tabs, form.guide, *form.control_easels[0]], **quiet)
             shown.prompt(read_alone, None, [tabs, form.prompted, *form.prompt_easel], **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
         suited = [form.problem, inside.steps, *form.best, *form.adapted]
@@ -237,8 +243,10 @@ def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[Form,
             given[seed_at] = str(draw_seed())
         try:
             suits = await suits_of(hub, model)
-            async with easel.turn(given, decoders, asker(by).name):
-                given = await easel.read_easels(given, decoders, asker(by).name, suits)
+            async with easel.turn(given, decoders, asker(by).name, form.editors):
+                given = await easel.read_easels(
+                    given, decoders, asker(by).name, suits, form.editors
+                )
                 request = await asyncio.to_thread(entries.request, *given, suits=suits)
                 owner = asker(by).owner
                 job = await hub.submit(request, client="studio", owner=owner, model=model)

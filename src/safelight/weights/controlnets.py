@@ -13,9 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safelight.controls import CONTROLNETS, each
+from safelight.controls import CONTROLNETS
 from safelight.errors import SafelightError
 from safelight.families.base import Part
+from safelight.families.control import each
 from safelight.weights.check import Header, refusal
 from safelight.weights.find import Source, find_controlnet
 from safelight.weights.folder import Folder

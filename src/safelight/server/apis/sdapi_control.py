@@ -23,7 +23,7 @@ from safelight.server.apis.sdapi_bodies import DrawBody, ImageToImage, plain_num
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.callers import hub_of
 from safelight.server.names import Names
-from safelight.settings import shown
+from safelight.settings import SEVERAL, shown
 from safelight.sizes import size_of
 
 router = APIRouter(prefix="/controlnet", route_class=Route, tags=["AUTOMATIC1111"])
@@ -245,6 +245,9 @@ def _settings(unit: dict[str, Any], kind: str) -> dict[str, Any]:
 
     kind: how our names begin.
     """
+    for name in _FIELDS:
+        if isinstance(unit.get(name), list):
+            raise SafelightError(f"controlnet: {name} must be a number, not a list")
     given = {f"{kind}_{end}": unit.get(name) for name, end in _FIELDS.items()}
     found: dict[str, Any] = {
         ours: plain_number(value) for ours, value in given.items() if value is not None
@@ -252,7 +255,7 @@ def _settings(unit: dict[str, Any], kind: str) -> dict[str, Any]:
     try:
         Request(**found)
     except SafelightError as error:
-        told = str(error)
+        told = str(error).replace(SEVERAL, "")  # a unit has one of each
         for name, end in _FIELDS.items():
             told = told.replace(f"{kind}_{end}", name)
         raise SafelightError(f"controlnet: {told}") from None
