@@ -56,6 +56,8 @@ def compare(
     load = getattr(diffusers, kind).from_pretrained
     network = [load(one) for one in net] if isinstance(net, list) else load(net)
     use = "controlnet" if kind == "ControlNetModel" else "adapter"
+    if use == "adapter" and isinstance(network, list):
+        network = diffusers.MultiAdapter(network)
     pipe = getattr(diffusers, task).from_pretrained(folder, **{use: network})
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
@@ -65,12 +67,15 @@ def compare(
         passed.append(made["latents"])
         return {}
 
+    told: dict[str, Any] = {"callback_on_step_end": stepped}
+    if use == "adapter":  # those pipelines have the older argument
+        told = {"callback": lambda _step, _time, latents: passed.append(latents)}
     shown = pipe(
         **TEXTS,
         **theirs,
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(7),
-        callback_on_step_end=stepped,
+        **told,
     ).images[0]
     asked = resolve_request(
         model, Request(**TEXTS, sampler="ddim", steps=steps, seed=7, **settings)

@@ -1,4 +1,4 @@
-"""The pictures that guide a model, each through its ControlNet (arXiv:2302.05543)."""
+"""The pictures that guide a model, each through its ControlNet or its T2I-Adapter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from safelight.controls import Guide, guides
 from safelight.engine.inputs import covering
+from safelight.nets.t2i_adapter import T2IAdapter
 
 if TYPE_CHECKING:
     from safelight.model import Model
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
 class Control:
     """One picture that guides the steps of a job.
 
-    hint: what the network reads of the picture, [1, channels, h, w]. guide: how much it guides, and
-    when.
+    hint: what a ControlNet reads of the picture, [1, channels, h, w]; None of a T2I-Adapter. maps:
+    what a T2I-Adapter adds to the states of the UNet at each step, [1, channels, h, w] each; none
+    of a ControlNet. guide: how much it guides, and when.
     """
 
-    network: ControlNetModel
-    hint: Tensor
+    network: ControlNetModel | T2IAdapter
     guide: Guide
+    hint: Tensor | None = None
+    maps: tuple[Tensor, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -43,7 +46,14 @@ def read_control(model: Model, request: Request) -> tuple[Control, ...]:
     """Return what guides the pictures of a resolved request; empty without a control_image."""
     found: list[Control] = []
     for network, (picture, guide) in zip(model.controlnets, guides(request), strict=False):
-        if guide.scale:
-            pixels = covering(model, picture).add(1).div(2)
-            found.append(Control(network, network.read(pixels.to(model.dtype)), guide))
+        if not guide.scale:
+            continue
+        if isinstance(network, T2IAdapter) and network.config.in_channels == 1:
+            picture = picture.convert("L")
+        pixels = covering(model, picture).add(1).div(2).to(model.dtype)
+        if isinstance(network, T2IAdapter):
+            maps = tuple(guide.scale * one for one in network(pixels))
+            found.append(Control(network, guide, maps=maps))
+        else:
+            found.append(Control(network, guide, network.read(pixels)))
     return tuple(found)

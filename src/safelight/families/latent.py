@@ -267,7 +267,8 @@ class LatentFamily(AutoencodedFamily):
         import torch
 
         from safelight.nets.image_prompt import joined
-        from safelight.nets.unet import guidance_embedding, plus
+        from safelight.nets.sums import total
+        from safelight.nets.unet import guidance_embedding
 
         net, x, times, scales = model.network, [], [], []
         # The evaluations of a guided picture share a row, unless other pictures have another
@@ -288,18 +289,19 @@ class LatentFamily(AutoencodedFamily):
         context = _joined([c.tokens for c in conditionings], rows_in.dtype)
         pooled = _joined([c.pooled for c in conditionings], rows_in.dtype)
         sizes = _joined([c.sizes for c in conditionings], torch.float32)
-        added = None
-        for control in conditionings[0].control:  # the same for all of them
-            most = reuse.skips if reuse is not None and reuse.taken else None
-            alone = rows_in[:, : net.config.out_channels]  # without a mask and the picture around
-            hint, scale = control.hint, control.scale
-            more = control.network(alone, at, context, hint, scale, pooled, sizes, most)
-            added = (
-                more if added is None else [plus(*both) for both in zip(added, more, strict=True)]
-            )
+        most = reuse.skips if reuse is not None and reuse.taken else None
+        alone = rows_in[:, : net.config.out_channels]  # without a mask and the picture around
+        guiding = conditionings[0].control  # the same for all of them
+        added = total(
+            one.network(alone, at, context, one.hint, one.scale, pooled, sizes, most)
+            for one in guiding
+            if one.hint is not None
+        )
+        maps = total(one.maps for one in guiding if one.maps)
         seen = [c.image for c in conditionings if c.image is not None]
         image = joined(seen) if seen else None
-        return net(rows_in, at, context, embedded, pooled, sizes, reuse, added, image).float()
+        how = {"control": added, "maps": maps, "image": image}
+        return net(rows_in, at, context, embedded, pooled, sizes, reuse, **how).float()
 
     def example(self, model: Model) -> Conditioning:
         import torch

@@ -29,7 +29,7 @@ SUBFOLDERS = {
     "embedding": ("embeddings",),
     "vae": ("vae", "vae-approx", "vae_approx"),
     "text_encoder": ("text_encoders", "text_encoder", "clip"),
-    "controlnet": ("controlnet",),
+    "controlnet": ("controlnet", "t2i_adapter"),
     "ip_adapter": ("ipadapter", "ip-adapter", "ip_adapter"),
     "image_encoder": ("clip_vision",),
 }
