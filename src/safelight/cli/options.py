@@ -81,8 +81,8 @@ Controlnet = Annotated[
     list[str] | None,
     Option(
         "--controlnet",
-        help="A ControlNet, through which --control-image guides the model, given as --vae is. "
-        "More than one may be given, each with a --control-image, in the same order.",
+        help="A ControlNet or T2I-Adapter, through which --control-image guides the model, given "
+        "as --vae is. More than one may be given, each with a --control-image, in this order.",
         show_default=False,
         rich_help_panel=LOADING,
     ),
