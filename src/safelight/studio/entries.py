@@ -62,7 +62,7 @@ def request(
     """Return the Request of the form's values. Settings that the model does not read are left out.
 
     rest: the values of `Form.further`, the editor's picture (as `read_easel` returns it), how often
-    it is enlarged, and both of the control image and of the prompt's picture. suits: of the model
+    it is enlarged, and both of each control image and of the prompt's picture. suits: of the model
     that is to draw.
 
     Without width and height, the picture to start from or, without one, the control image is
@@ -86,13 +86,16 @@ def request(
         "eta": eta,
     }
     further = further_settings(Request)
-    more, (picture, enlarged, *controls, prompted, prompt_enlarged) = (
-        rest[: len(further)],
-        rest[len(further) :],
-    )
+    more, easels = rest[: len(further)], rest[len(further) :]
+    picture, enlarged, *controls, prompted, prompt_enlarged = easels
     image, mask = painted(picture, enlarged)
     guiding = [painted(*both)[0] for both in zip(controls[::2], controls[1::2], strict=True)]
-    guiding = guiding[: suits.guides] if suits.guided else []
+    if not suits.guided:
+        guiding = []
+    elif suits.reads is None:  # a model elsewhere, which may have as many ControlNets
+        guiding = [one for one in guiding if one is not None]
+    else:
+        guiding = guiding[: suits.guides]
     guide = next((one for one in guiding if one is not None), None)
     prompting = painted(prompted, prompt_enlarged)[0] if suits.prompted else None
     idle = {*(CONTROL if guide is None else ()), *(IP_ADAPTER if prompting is None else ())}
@@ -188,7 +191,7 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
         told.append("the control image needs a ControlNet, which this model does not have")
         known = {name: value for name, value in known.items() if name not in CONTROL}
     elif guides > suits.guides or any(len(each(known.get(n))) > suits.guides for n in CONTROL):
-        told.append(f"it has {guides} control images, and this model has {suits.guides} ControlNet")
+        told.append(f"with this model the page takes {suits.guides} control image, not {guides}")
         known = {name: value for name, value in known.items() if name not in CONTROL}
     if settings.get("ip_adapter_image_sha256") is not None and not suits.prompted:
         told.append("the prompt's picture needs an IP-Adapter, which this model does not have")
