@@ -6,7 +6,7 @@ python docs/settings.py
 from pathlib import Path
 
 from safelight.request import Request
-from safelight.settings import markdown
+from safelight.settings_docs import markdown
 
 PAGE = Path(__file__).with_name("settings.md")
 

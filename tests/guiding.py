@@ -19,7 +19,7 @@ from safelight.nets.vision import CLIPVisionConfig, CLIPVisionModelWithProjectio
 from safelight.weights.find import MODELS
 
 
-def controlnet(folder: Path) -> Path:
+def controlnet(folder: Path, seed: int = 3) -> Path:
     """Write a ControlNet for `embedded`, whose last layers are not zero."""
     unet = json.loads((MODELS / "embedded/unet/config.json").read_text())
     config = {
@@ -27,7 +27,7 @@ def controlnet(folder: Path) -> Path:
         "_class_name": "ControlNetModel",
         "conditioning_embedding_out_channels": [8, 8, 16, 16, 16],
     }
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     net = ControlNetModel(ControlNetConfig.from_dict(config))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -15,7 +15,8 @@ from recipes.embedded.cutouts import LOCK, notice
 from safelight.cli import app
 from safelight.request import Request
 from safelight.sampling import SAMPLERS
-from safelight.settings import markdown, settings_of
+from safelight.settings import settings_of
+from safelight.settings_docs import markdown
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

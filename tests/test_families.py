@@ -111,7 +111,7 @@ def test_what_can_share_a_call() -> None:
     def key(**other: object) -> tuple:
         return Conditioning(**{"tokens": torch.ones(2, 77, 8), **other}).call_key  # type: ignore[arg-type]
 
-    plain, net = key(), object()
+    plain, net = key(), (object(),)
     assert key(guidance=3.0, tokens=torch.zeros(1, 77, 8)) == plain
     assert key(tokens=torch.ones(2, 154, 8)) != plain
     assert key(pooled=torch.ones(2, 8)) != plain

@@ -107,7 +107,7 @@ class TestText:
     )
     def test_what_a_unit_is(self, module, model, theirs):
         assert is_ip_adapter(module, model) == theirs
-        found = _guided(f"Module: {module}, Model: {model}, Weight: 0.5")
+        found = _guided([f"Module: {module}, Model: {model}, Weight: 0.5"])
         assert found[f"{'ip_adapter' if theirs else 'control'}_scale"] == 0.5
 
     def test_parse_the_web_uis_own(self):

@@ -16,7 +16,8 @@ from safelight.keywords import GenerateSettings, RequestSettings
 from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
 from safelight.sampling import SAMPLERS
-from safelight.settings import About, Texts, Whole, json_schema, markdown, settings_of
+from safelight.settings import About, Texts, Whole, json_schema, settings_of
+from safelight.settings_docs import markdown
 from safelight.sizes import drawable_size
 
 Layers = Annotated[Whole, Field(ge=1, le=12)]

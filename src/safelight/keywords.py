@@ -20,7 +20,7 @@ class Pictures(TypedDict, total=False):
 
     image: Image | None
     mask: Image | None
-    control_image: Image | None
+    control_image: Image | Sequence[Image] | None
     ip_adapter_image: Image | None
     reference_images: Sequence[Image] | Image
 
@@ -54,10 +54,10 @@ class GenerateSettings(TypedDict, total=False):
     mask_padding: int | None
     mask_blur: float
     mask_content: MaskContent
-    control_image: Image | None
-    control_scale: float
-    control_start: float
-    control_end: float
+    control_image: Image | Sequence[Image] | None
+    control_scale: float | Sequence[float]
+    control_start: float | Sequence[float]
+    control_end: float | Sequence[float]
     hires_scale: float
     hires_upscaler: str
     hires_strength: float

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
+from safelight.controls import CONTROLNETS
 from safelight.defaults import defaults_of
 from safelight.errors import SafelightError
 from safelight.families import Family
@@ -75,7 +76,7 @@ class Model:
     other_vae: name and sha256 of the autoencoder that took the place of its own, None if none did.
     prediction_type: what its network predicts, if that was given and not taken from its files.
     refiner: the model that takes the last steps, None if none does.
-    control: name and sha256 of its ControlNet, None if it has none.
+    control: name and sha256 of its ControlNet, a list if it has several; None if it has none.
     image_prompts: name and sha256 of its "ip_adapter" and of that one's "image_encoder", by these
       names; empty if it has none.
     stored: its weights where they are stored; None if it was not loaded from files.
@@ -108,7 +109,7 @@ class Model:
     other_vae: dict[str, str] | None = None
     prediction_type: str | None = None
     refiner: Model | None = None
-    control: dict[str, str] | None = None
+    control: dict[str, str] | list[dict[str, str]] | None = None
     image_prompts: dict[str, dict[str, str]] = field(default_factory=dict)
     stored: Stored | None = None
     weights_held: int | None = None
@@ -167,8 +168,13 @@ class Model:
 
     @property
     def controlnet(self) -> Any:
-        """The network through which a request's control_image guides it, None if there is none."""
+        """The first of `controlnets`, None if there is none."""
         return self.parts.get("controlnet")
+
+    @property
+    def controlnets(self) -> list[Any]:
+        """The networks through which a request's pictures guide it, one each, in their order."""
+        return [self.parts[use] for use in CONTROLNETS if use in self.parts]
 
     @property
     def ip_adapter(self) -> Any:

@@ -141,13 +141,12 @@ def reason(error: Exception) -> str:
 
 def open_pictures(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the pictures of a request whose settings name them as files; others are left out."""
-    from safelight.request_pictures import by_name, by_setting, setting_of
+    from safelight.request_pictures import changed
 
-    def opened_one(name: str, file: str) -> Image.Image:
-        setting = setting_of(name)
+    def opened_one(setting: str, file: str) -> Image.Image:
         return open_mask(file) if setting == "mask" else open_picture(file, setting)
 
-    return by_setting({name: opened_one(name, file) for name, file in by_name(settings).items()})
+    return changed(settings, opened_one)
 
 
 def to_tensor(image: Image.Image) -> "torch.Tensor":

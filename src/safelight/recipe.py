@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from safelight.controls import Guide, guides_of
 from safelight.errors import SafelightError
 from safelight.hires import infotext
 from safelight.picture import name_of, opened, reason
@@ -32,10 +33,13 @@ USED = (
     *("model", "parts", "vae", "refiner", "controlnet", "ip_adapter", "image_encoder"),
     "upscaler",
 )
-"""The keys of a recipe that name files, each by name and SHA-256; `parts` may be a list of them."""
+"""The keys of a recipe that name files, each by name and SHA-256.
+
+`parts` and `controlnet` may be lists of them.
+"""
 
 MAX_PARTS = 32
-"""The most things that a model took parts from."""
+"""The most files that a recipe names."""
 
 
 def png_texts(recipe: dict[str, Any]) -> dict[str, str]:
@@ -77,11 +81,13 @@ def recipe_text(recipe: dict[str, Any]) -> str:
             "Refiner": f"{refiner['name']} [{refiner['sha256'][:10]}]",
             "Refiner switch at": settings["refiner_start"],
         }
-    if control := recipe.get("controlnet"):
-        pairs["ControlNet 0"] = _unit(control, "none", "control", settings)
+    nets = listed_files(recipe.get("controlnet"))
+    guides = guides_of(settings, len(nets)) if nets else []
+    units = [_unit(net, "none", guide) for net, guide in zip(nets, guides, strict=True)]
     if adapter := recipe.get("ip_adapter"):  # the same extension draws with both
-        place = "ControlNet 1" if control else "ControlNet 0"
-        pairs[place] = _unit(adapter, IP_ADAPTER_MODULE, "ip_adapter", settings)
+        prompts = Guide(*(settings[f"ip_adapter_{end}"] for end in ("scale", "start", "end")))
+        units.append(_unit(adapter, IP_ADAPTER_MODULE, prompts))
+    pairs |= {f"ControlNet {place}": unit for place, unit in enumerate(units)}
     if vae := recipe.get("vae"):
         pairs |= {"VAE hash": vae["sha256"][:10], "VAE": vae["name"]}
     if embeddings := recipe.get("embeddings"):
@@ -138,14 +144,14 @@ def is_ip_adapter(module: str, model: str) -> bool:
     return any(_IP_ADAPTER.search(name.casefold()) for name in (module, model))
 
 
-def _unit(used: dict[str, str], module: str, name: str, settings: dict[str, Any]) -> str:
-    """Return what the web UI's ControlNet extension writes of a unit. name: of its settings."""
+def _unit(used: dict[str, str], module: str, guide: Guide) -> str:
+    """Return what the web UI's ControlNet extension writes of a unit."""
     told = (
         f"Module: {module}",
         f"Model: {used['name']} [{used['sha256'][:8]}]",
-        f"Weight: {settings[f'{name}_scale']:g}",
-        f"Guidance Start: {settings[f'{name}_start']:g}",
-        f"Guidance End: {settings[f'{name}_end']:g}",
+        f"Weight: {guide.scale:g}",
+        f"Guidance Start: {guide.start:g}",
+        f"Guidance End: {guide.end:g}",
     )
     return ", ".join(told)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 from PIL import Image, ImageFilter, ImageOps
 
 from safelight.pixels import BETWEEN, resized
+from safelight.request_pictures import by_setting, setting_of
 from safelight.sizes import size_of
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ def drawn_part(request: Request) -> tuple[Request, Box | None]:
     if image is None or mask is None or region is None:
         return request, None
     pictures = {"image": fitting(image.crop(region), mask.size), "mask": mask}
-    if (guide := request.control_image) is not None:
+    for name, guide in request.pictures.items():
+        if setting_of(name) != "control_image":
+            continue
         # It may have another size than the picture, and lies over all of it.
         left, top, right, bottom = region
         box = (
@@ -78,8 +81,8 @@ def drawn_part(request: Request) -> tuple[Request, Box | None]:
             *(right * guide.width / image.width, bottom * guide.height / image.height),
         )
         shape = right - left, bottom - top
-        pictures["control_image"] = _fitted(guide, box, shape, mask.size)
-    return request.with_pictures(**pictures), region
+        pictures[name] = _fitted(guide, box, shape, mask.size)
+    return request.with_pictures(**by_setting(pictures)), region
 
 
 def drawn_mask(request: Request) -> tuple[Image.Image | None, Box | None]:

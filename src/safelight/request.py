@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from safelight.adapters.asked import MAX_NAME, AskedLora
+from safelight.controls import check_control
 from safelight.errors import SafelightError
 from safelight.families.control import OF_PICTURES
 from safelight.hires import check_hires, taken, unused_hires
@@ -28,20 +29,28 @@ from safelight.region import unused_inpainting
 from safelight.request_basics import draw_seed
 from safelight.request_fields import RequestFields
 from safelight.request_pictures import (
-    ALL,
+    INPUTS,
     PICTURES,
     REFERENCES,
-    by_name,
+    by_input,
+    by_setting,
     check_area,
     check_digest,
+    check_there,
     copied,
     digest_key,
+    each,
+    setting_of,
 )
 from safelight.request_ranges import MAX_SEED
-from safelight.settings import document, explained, settings_of, shown
+from safelight.settings import explained, shown
+from safelight.settings_docs import document
 from safelight.sizes import size_of
 
 MAX_PROMPT = 16 * 1024
+DRAWN = ("image", "mask", "control_image")
+"""The pictures that are brought to the size to draw. Models read others at sizes of their own."""
+
 STRENGTH = 0.8
 """How much of a picture is changed if the request does not say; with a mask, all of it."""
 
@@ -124,14 +133,11 @@ class Request(RequestFields, metaclass=_Listed):
 
     @field_validator(*PICTURES)
     @classmethod
-    def _copy_picture(cls, value: Image | None, info: ValidationInfo) -> Image | None:
-        return None if value is None else copied(value, str(info.field_name))
-
-    @field_validator(REFERENCES)
-    @classmethod
-    def _copy_references(cls, value: tuple[Image, ...]) -> tuple[Image, ...]:
-        check_area(value)
-        return tuple(copied(one, REFERENCES) for one in value)
+    def _copy_pictures(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        check_area(name, each(value))
+        found = tuple(copied(name, one) for one in each(value))
+        return found if isinstance(value, tuple) else next(iter(found), None)
 
     @model_validator(mode="after")
     def _validate_together(self) -> Self:
@@ -139,7 +145,7 @@ class Request(RequestFields, metaclass=_Listed):
 
     def _check_together(self) -> Self:
         if self.unconditional:
-            for name in ("prompt", "negative_prompt", *ALL):
+            for name in ("prompt", "negative_prompt", *PICTURES):
                 if getattr(self, name):
                     raise SafelightError(
                         f"{name} cannot be used with unconditional: such a model draws from "
@@ -158,7 +164,8 @@ class Request(RequestFields, metaclass=_Listed):
                     ),
                     field="mask",
                 )
-        for what in ("guidance", "control", "ip_adapter"):
+        check_control(self)
+        for what in ("guidance", "ip_adapter"):
             start, end = getattr(self, f"{what}_start"), getattr(self, f"{what}_end")
             if (start or 0) > (1 if end is None else end):
                 raise SafelightError(
@@ -241,14 +248,15 @@ class Request(RequestFields, metaclass=_Listed):
         shared, not copied.
         """
         asked = {name: getattr(self, name) for name in (*self.model_fields_set, "seed")}
-        pictures = {n: asked.pop(n, None) for n in ALL if n not in changes}
-        kept = {name: picture for name, picture in pictures.items() if picture}
+        kept = {name: asked.pop(name, None) for name in PICTURES if name not in changes}
+        kept = {name: picture for name, picture in kept.items() if picture}
+        stay = set(kept)
         if changes.keys() & {"image", "mask"}:  # one is checked against the other
             both = {name: kept.pop(name) for name in ("image", "mask") if name in kept}
             changes = {**changes, **both}
         made = type(self)(**{**asked, **changes})
         made = made._with_pictures(kept, {}) if kept else made
-        made._digests = {n: digest for n, digest in self._digests.items() if pictures.get(n)}
+        made._digests = {n: one for n, one in self._digests.items() if setting_of(n) in stay}
         return made
 
     def without(self, *names: str) -> Self:
@@ -268,7 +276,7 @@ class Request(RequestFields, metaclass=_Listed):
     def _with_pictures(self, pictures: Mapping[str, Any], digests: Mapping[str, str]) -> Self:
         """Return the same request with pictures. digests: of the originals, where they differ."""
         made = self.model_copy(update=dict(pictures))
-        made._digests = {name: digests[name] for name in pictures if name in digests}
+        made._digests = dict(digests)
         return made._check_together()
 
     def fitted(self, native: tuple[int, int] | None = None) -> Self:
@@ -284,27 +292,26 @@ class Request(RequestFields, metaclass=_Listed):
         if self.hires_scale != 1:  # the engine fits them to each pass
             return self.model_copy(update=dict(zip(("width", "height"), size, strict=True)))
         how = {"mask": Resampling.NEAREST}
-        given = {name: getattr(self, name) for name in ("image", "mask", "control_image")}
-        pictures = {  # models read the others at sizes of their own
+        pictures = {
             name: resized(picture, size, how.get(name, Resampling.LANCZOS))
-            for name, picture in given.items()
-            if picture is not None and picture.size != size
+            for name, picture in self.pictures.items()
+            if picture.size != size and setting_of(name) in DRAWN
         }
         if not pictures:
             return self
-        digests = {name: self._digest(name, getattr(self, name)) for name in pictures}
-        kept = {name: one for name, one in given.items() if one is not None}
-        return self._with_pictures({**kept, **pictures}, {**self._digests, **digests})
+        digests = {name: self._digest(name, self.pictures[name]) for name in pictures}
+        fitted = by_setting({**self.pictures, **pictures})
+        return self._with_pictures(fitted, {**self._digests, **digests})
 
     @property
     def pictures(self) -> dict[str, Image]:
-        """The pictures that it has, by the names that they are stored under."""
-        return by_name({name: getattr(self, name) for name in ALL})
+        """The pictures that it has, by their inputs (see `request_pictures`)."""
+        return by_input({name: getattr(self, name) for name in PICTURES})
 
     @property
     def sized_by(self) -> Image | None:
         """The picture whose size is drawn if none is asked for."""
-        return None if self.is_cropped else self.image or self.control_image
+        return None if self.is_cropped else self.image or self.pictures.get("control_image")
 
     @property
     def is_cropped(self) -> bool:
@@ -314,14 +321,6 @@ class Request(RequestFields, metaclass=_Listed):
     def _digest(self, name: str, picture: Image) -> str:
         """Return the SHA-256 of a picture as it was given."""
         return self._digests.get(name) or picture_sha256(picture)
-
-    def _found_digests(self) -> dict[str, Any]:
-        """Return the digests of its pictures as they were given, by their settings."""
-        given = {name: getattr(self, name) for name in PICTURES}
-        found: dict[str, Any] = {n: self._digest(n, one) for n, one in given.items() if one}
-        if self.reference_images:
-            found[REFERENCES] = [picture_sha256(one) for one in self.reference_images]
-        return found
 
     @property
     def was_resized(self) -> bool:
@@ -337,10 +336,11 @@ class Request(RequestFields, metaclass=_Listed):
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them; pictures by their SHA-256 alone."""
         settings = self.model_dump()
-        for name, setting in settings_of(type(self)).items():
-            if setting.kind is tuple:
-                settings[name] = list(settings[name])
-        settings |= {digest_key(name): found for name, found in self._found_digests().items()}
+        for name, value in settings.items():
+            if isinstance(value, tuple):
+                settings[name] = list(value)
+        for name, picture in self.pictures.items():
+            settings[digest_key(name)] = self._digest(name, picture)
         return settings
 
     @classmethod
@@ -352,19 +352,19 @@ class Request(RequestFields, metaclass=_Listed):
         fitted: `Request.fitted` has resized them already; they are not copied.
         """
         settings = {str(name): value for name, value in settings.items()}
-        digests = {name: settings.pop(digest_key(name), None) for name in ALL}
+        digests = {name: settings.pop(digest_key(name), None) for name in INPUTS}
         for name in digests.keys() & settings.keys():
             raise SafelightError(
                 f"{name} stands in a request as {digest_key(name)} alone, its digest", field=name
             )
+        check_there(by_input(pictures), digests)
         if fitted:
             request = cls(**settings).with_pictures(**pictures)
-            request._digests = {name: digests[name] for name in PICTURES if digests[name]}
+            request._digests = {name: one for name, one in digests.items() if one}
         else:
             request = cls(**settings, **pictures)
-        found = request._found_digests()
-        for name, digest in digests.items():
-            check_digest(name, digest, found.get(name))
+        for name, picture in request.pictures.items():
+            check_digest(name, digests[name], request._digest(name, picture))
         return request
 
     def to_json(self) -> str:

@@ -16,7 +16,9 @@ from safelight.request_pictures import MAX_REFERENCES
 from safelight.request_ranges import (
     CacheBranch,
     CacheEvery,
+    ControlImage,
     ControlScale,
+    ControlShare,
     HiresScale,
     IpAdapterScale,
     Level,
@@ -34,6 +36,7 @@ from safelight.settings import About
 
 _DRAWN, _LEVELS = "that of the picture", "set by fast"
 _SDXL, _FAST, _CONTROL, _IP_ADAPTER = "SDXL", "Fast mode", "ControlNet", "IP-Adapter"
+_PICTURE = "a PIL picture (safelight.picture.open_picture reads one from a file)"
 _INPAINTING, _HIRES = "Inpainting", "Second pass"
 
 
@@ -50,7 +53,7 @@ class RequestFields(BasicFields):
     image: Annotated[
         Image | None,
         About(
-            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
+            accepts=_PICTURE,
             aliases=("--init-image", "--init-img", "--input"),
         ),
     ] = Field(None, exclude=True, repr=False, description="picture to start from")
@@ -104,12 +107,8 @@ class RequestFields(BasicFields):
         description="what the masked part begins with below strength 1; fill is the colours beside",
     )
     control_image: Annotated[
-        Image | None,
-        About(
-            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
-            some_models=True,
-            group=_CONTROL,
-        ),
+        ControlImage | None,
+        About(accepts=_PICTURE, some_models=True, group=_CONTROL),
     ] = Field(
         None,
         exclude=True,
@@ -126,7 +125,7 @@ class RequestFields(BasicFields):
         ),
     ] = Field(1.0, description="how much `control_image` guides; 0 is not at all")
     control_start: Annotated[
-        Share,
+        ControlShare,
         About(
             aliases=("--control-guidance-start",),
             slider=(0, 1, 0.05),
@@ -135,7 +134,7 @@ class RequestFields(BasicFields):
         ),
     ] = Field(0.0, description="share of the steps after which `control_image` begins to guide")
     control_end: Annotated[
-        Share,
+        ControlShare,
         About(
             aliases=("--control-guidance-end",),
             slider=(0, 1, 0.05),
@@ -173,11 +172,7 @@ class RequestFields(BasicFields):
     ] = Field(None, description="steps of the second pass, before `hires_strength` leaves some out")
     ip_adapter_image: Annotated[
         Image | None,
-        About(
-            accepts="a PIL picture (safelight.picture.open_picture reads one from a file)",
-            some_models=True,
-            group=_IP_ADAPTER,
-        ),
+        About(accepts=_PICTURE, some_models=True, group=_IP_ADAPTER),
     ] = Field(
         None,
         exclude=True,

@@ -25,7 +25,8 @@ class Result:
     vae: name and sha256 of the autoencoder, if it is not the model's own.
     prediction_type: what the network predicts, if that was given when the model was loaded.
     refiner: name and sha256 of the model that took the last steps, if one did.
-    controlnet: name and sha256 of the ControlNet that guided the pictures, if one did.
+    controlnet: name and sha256 of the ControlNet that guided the pictures, if one did; a list if
+      several did.
     ip_adapter, image_encoder: the same of the IP-Adapter that read a picture as a prompt, and of
       the network that it reads with, if one did.
     upscaler: the same of the network that enlarged the pictures between two passes, if one did.
@@ -50,7 +51,7 @@ class Result:
     vae: dict[str, str] | None = None
     prediction_type: str | None = None
     refiner: dict[str, str] | None = None
-    controlnet: dict[str, str] | None = None
+    controlnet: dict[str, str] | list[dict[str, str]] | None = None
     ip_adapter: dict[str, str] | None = None
     image_encoder: dict[str, str] | None = None
     upscaler: dict[str, str] | None = None

@@ -7,7 +7,6 @@ recipes and docs/settings.md are made from what the functions here read out of t
 from __future__ import annotations
 
 import difflib
-import inspect
 import numbers
 import re
 import types
@@ -21,7 +20,6 @@ from typing import (
     Union,
     get_args,
     get_origin,
-    get_type_hints,
 )
 
 from pydantic import BeforeValidator, Field
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
 
     from safelight.request import Request
 
+_PICTURE = "a PNG, JPEG or WebP picture in base64"
 TEXT = "text of at most 16 KiB"
 CHARACTERS = " without NUL characters or lone surrogates"
 MAX_TEXTS = 32
@@ -99,10 +98,10 @@ class About:
 class Setting:
     """One setting, read from a field of a Request class.
 
-    kind: str, int, float, bool, tuple for a list of texts, or None for pictures. description:
-    what it does. lowest, highest: limits, None without; above: whether `lowest` itself is
-    excluded. choices: all values, empty if they are not listed. optional: whether it may be None.
-    several: whether it is a list of pictures. most: the largest number of a list, if it has one.
+    kind: str, int, float, bool, tuple for texts, or None for pictures. description: what it does.
+    lowest, highest: limits, None without; above: whether `lowest` itself is excluded. choices: all
+    values, empty if they are not listed. optional: whether it may be None. most: how many values it
+    may have; listed: whether it is a list even of one.
     """
 
     name: str
@@ -116,17 +115,27 @@ class Setting:
     multiple: int | None
     choices: tuple[str, ...]
     about: About
-    several: bool = False
-    most: int | None = None
+    most: int = 1
+    listed: bool = False
 
     @property
-    def repeated(self) -> bool:
-        """Whether it is a list, whose option may be given more than once."""
-        return self.kind is tuple or self.several
+    def several(self) -> bool:
+        """Whether it may have several values, so that its option may be given more than once."""
+        return self.most > 1
 
     @property
     def accepts(self) -> str:
         """The accepted values in words, as in "a whole number from 1 to 1000"."""
+        return self.accepts_one if self.listed else f"{self.accepts_one}{self._or_several}"
+
+    @property
+    def _or_several(self) -> str:
+        each = "" if self.listed else ", one for each ControlNet"
+        return f", or a list of at most {self.most}{each}" if self.several else ""
+
+    @property
+    def accepts_one(self) -> str:
+        """The same of one value, where there may be several."""
         if self.kind is tuple:
             each = f", each {self.about.accepts}" if self.about.accepts else ""
             return f"a list of at most {MAX_TEXTS} texts{each}"
@@ -180,11 +189,15 @@ class Setting:
     def parse(self, text: str) -> Any:
         """Return the value that a text stands for, or the text unchanged if it is no such value.
 
-        The texts of a list are separated by commas or line ends. `Request` checks the value, and
+        The values of a list are separated by commas or line ends. `Request` checks the value, and
         says what would be right.
         """
-        if self.repeated:
-            return tuple(part for part in map(str.strip, re.split(r"[,\n]", text)) if part)
+        parts = tuple(part for part in map(str.strip, re.split(r"[,\n]", text)) if part)
+        if self.kind is tuple:
+            return parts
+        return tuple(map(self._parse_one, parts)) if self.several else self._parse_one(text)
+
+    def _parse_one(self, text: str) -> Any:
         try:
             if self.kind is int:
                 return int(text)
@@ -197,8 +210,11 @@ class Setting:
         return text
 
     def text(self, value: Any) -> Any:
-        """Return a list of texts as one text, a line for each; other values unchanged."""
-        return "\n".join(value) if self.kind is tuple else value
+        """Return a list as one text, a line for each text or commas between numbers; other values
+        unchanged.
+        """
+        between = "\n" if self.kind is tuple else ", "
+        return between.join(map(str, value)) if isinstance(value, tuple | list) else value
 
     def schema(self) -> dict[str, Any]:
         """Return the setting's JSON Schema.
@@ -207,12 +223,7 @@ class Setting:
         model is in the description alone, so that no client sends another model's.
         """
         kinds = {str: "string", int: "integer", float: "number", bool: "boolean", None: "string"}
-        kinds |= {tuple: "array"}
-        plain: dict[str, Any] = {"type": kinds[self.kind]}
-        if self.kind is tuple:
-            plain |= {"items": {"type": "string"}, "maxItems": MAX_TEXTS}
-        if self.several:
-            plain = {"type": "array", "items": plain, "maxItems": self.most}
+        plain: dict[str, Any] = {"type": "string" if self.kind is tuple else kinds[self.kind]}
         if self.choices:
             plain["enum"] = list(self.choices)
         if self.lowest is not None:
@@ -221,10 +232,10 @@ class Setting:
             plain["maximum"] = self.highest
         if self.multiple is not None:
             plain["multipleOf"] = self.multiple
-        plain = {"anyOf": [plain, {"type": "null"}]}
-        accepts = self.accepts if self.kind else "a PNG, JPEG or WebP picture in base64"
-        if self.several:
-            accepts = f"a list of at most {self.most} PNG, JPEG or WebP pictures in base64"
+        array = {"type": "array", "items": plain, "maxItems": self.most}
+        one, several = self.kind is not tuple, [array] if self.several else []
+        plain = {"anyOf": [*([plain] if one else []), *several, {"type": "null"}]}
+        accepts = self.accepts if self.kind else f"{_PICTURE}{self._or_several}"
         plain["description"] = f"{self.description}: {accepts} (left out: {self.left_out})"
         own = self.kind is not None and not self.about.default
         if own and self.default is not None and not callable(self.default):
@@ -232,7 +243,7 @@ class Setting:
         return plain
 
 
-_KINDS = (str, int, float, bool, tuple)
+_KINDS = (str, int, float, bool)
 _READ: dict[Any, dict[str, Setting]] = {}
 
 
@@ -263,45 +274,6 @@ def json_schema(request_type: type[Request]) -> dict[str, Any]:
         "properties": {name: s.schema() for name, s in settings_of(request_type).items()},
         "additionalProperties": False,
     }
-
-
-def markdown(request_type: type[Request]) -> str:
-    """Return the table of docs/settings.md."""
-    lines = [
-        "| setting | option | what it does | values | if left out |",
-        "|---|---|---|---|---|",
-    ]
-    for setting in settings_of(request_type).values():
-        short = f"`{setting.about.short}`, " if setting.about.short else ""
-        option = "the argument" if setting.name == "prompt" else f"{short}`{setting.option}`"
-        lines.append(
-            f"| `{setting.name}` | {option} | {setting.description} | {setting.accepts} | "
-            f"{setting.left_out} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def document(request_type: type[Request], keywords: type) -> None:
-    """Give a Request class the docstring and the signature that `help` shows.
-
-    keywords: a TypedDict of its settings.
-    """
-    settings = settings_of(request_type)
-    lines = [f"{s.name}: {s.description}; {s.must_be}." for s in settings.values()]
-    request_type.__doc__ = "\n    ".join([f"{request_type.__doc__}", *lines, ""])
-    request_type.__signature__ = inspect.Signature(
-        [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=settings[name].default,
-                annotation=annotation,
-            )
-            for name, annotation in sorted(
-                get_type_hints(keywords).items(), key=lambda item: [*settings].index(item[0])
-            )
-        ]
-    )
 
 
 def explained(request_type: type[Request], error: ValidationError) -> SafelightError:
@@ -357,8 +329,9 @@ def _setting(name: str, field: FieldInfo) -> Setting:
     kinds = [kind for kind in types_ if kind is not type(None)]
     about = next((one for one in metadata if isinstance(one, About)), About())
     literal = kinds and get_origin(kinds[0]) is Literal
-    bare = [tuple if get_origin(kind) is tuple else kind for kind in kinds]
-    several = any(get_origin(kind) is tuple and get_args(kind)[0] is not str for kind in kinds)
+    arrays = [kind for kind in kinds if get_origin(kind) is tuple]
+    texts = any(get_args(kind)[0] is str for kind in arrays)
+    alone = [kind for kind in kinds if kind not in arrays]
     if about.choices is not None:
         choices = about.choices()
     else:
@@ -371,7 +344,7 @@ def _setting(name: str, field: FieldInfo) -> Setting:
     }
     return Setting(
         name=name,
-        kind=None if several else str if literal else next((k for k in bare if k in _KINDS), None),
+        kind=tuple if texts else str if literal else next((k for k in alone if k in _KINDS), None),
         description=field.description or "",
         default=None if field.default_factory is not None else field.default,
         optional=type(None) in types_,
@@ -381,8 +354,8 @@ def _setting(name: str, field: FieldInfo) -> Setting:
         multiple=limits.get("multiple_of"),
         choices=choices,
         about=about,
-        several=several,
-        most=next((one.max_length for one in metadata if hasattr(one, "max_length")), None),
+        most=next((m.max_length for m in metadata if hasattr(m, "max_length")), 1) if arrays else 1,
+        listed=bool(arrays) and not alone,
     )
 
 

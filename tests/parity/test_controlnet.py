@@ -17,40 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from safelight import SafelightError
-from safelight.engine import job
-from safelight.engine.requests import create_job, resolve_request
 from safelight.model import Model
-from safelight.request import Request
 from safelight.weights import load_model
 from safelight.weights.controlnets import with_controlnet
 from safelight.weights.find import find, find_controlnet
 from safelight.weights.names import unet_names
 from safelight.weights.plan import Plan, read_plan
 from tests.parity.flow_models import make_sd3
+from tests.parity.guided_models import TEXTS, compare, controlnet, picture
 from tests.parity.sdxl_models import UNET, make_folder
-
-LATENTS, PIXELS = 1e-4, 2
-TEXTS = {"prompt": "a red apple on a table", "negative_prompt": "a dog", "guidance_scale": 5.0}
-
-
-def picture(side: int = 64, seed: int = 1) -> Image.Image:
-    """Return smooth random colours: noise alone would hide small differences."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
-    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
-
-
-def controlnet(folder: Path, model: Path, **config: Any) -> Path:
-    """Write a random ControlNet for a model's UNet, whose last layers are not zero."""
-    torch.manual_seed(5)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(model / "unet")
-    config = {"conditioning_embedding_out_channels": (8, 8, 16, 16), **config}
-    net: Any = diffusers.ControlNetModel.from_unet(unet, **config)
-    with torch.no_grad():
-        for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
-            torch.nn.init.normal_(layer.weight, std=0.2)
-        torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.5)
-    net.save_pretrained(folder)
-    return folder
 
 
 def controlnet_of(folder: Path, like: Path, shape: dict[str, Any]) -> Path:
@@ -72,48 +47,6 @@ def nets(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) -> 
     made = {name: controlnet(root / name, folders[name]) for name in ("sd1", "sd2")}
     xl = make_folder(root / "xl-model", UNET)
     return {**made, "xl": controlnet(root / "xl", xl), "xl-model": xl}
-
-
-def compare(
-    worst: dict[str, float],
-    model: Model,
-    task: str,
-    folder: Path,
-    net: Path,
-    theirs: dict[str, Any],
-    **settings: Any,
-) -> None:
-    """Compare our picture with that of a pipeline of diffusers."""
-    network = diffusers.ControlNetModel.from_pretrained(net)
-    pipe = getattr(diffusers, task).from_pretrained(folder, controlnet=network)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
-    steps: list[Any] = []
-
-    def stepped(_pipe: Any, _step: int, _time: Any, made: dict[str, Any]) -> dict[str, Any]:
-        steps.append(made["latents"])
-        return {}
-
-    shown = pipe(
-        **TEXTS,
-        **theirs,
-        num_inference_steps=8,
-        generator=torch.Generator().manual_seed(7),
-        callback_on_step_end=stepped,
-    ).images[0]
-    asked = resolve_request(model, Request(**TEXTS, sampler="ddim", steps=8, seed=7, **settings))
-    with torch.inference_mode():
-        made = create_job(model, asked, model.family.encode(model, asked), 7)
-        while not made.done:
-            job.advance(model, [made])
-        latents = job.final_latents(made)
-        ours = np.asarray(job.decode(model, latents)).astype(int)
-    expected = steps[-1].numpy()
-    error = float(np.linalg.norm(latents.numpy() - expected) / np.linalg.norm(expected))
-    pixels = float(np.abs(ours - np.asarray(shown).astype(int)).max())
-    worst["latents"], worst["pixels"] = max(worst["latents"], error), max(worst["pixels"], pixels)
-    assert error <= LATENTS
-    assert pixels <= PIXELS
 
 
 HALF = {"control_scale": 0.7, "control_start": 0.25, "control_end": 0.8}
@@ -372,7 +305,7 @@ def test_a_pipeline_with_a_controlnet(
         found.keys()
         == with_controlnet(model, find_controlnet(nets[net])).weights["controlnet"].keys()
     )
-    with pytest.raises(SafelightError, match="several ControlNets; one can guide"):
+    with pytest.raises(SafelightError, match="several ControlNets: give its folders"):
         with_controlnet(plan("MultiControlNetModel"), find_controlnet(whole))
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safelight.errors import SafelightError
-from safelight.families.base import Part
+from safelight.families.part import Part
 from safelight.nets.flux import FluxConfig, FluxTransformer2DModel
 from safelight.nets.sd3 import SD3Config, SD3Transformer2DModel
 from safelight.weights.check import read_header

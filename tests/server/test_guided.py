@@ -18,7 +18,7 @@ from safelight import cli
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.server.apis.sdapi_bodies import ImageToImage, TextToImage
-from safelight.server.apis.sdapi_control import unit_of
+from safelight.server.apis.sdapi_control import Unit, guided, guiding_units
 from safelight.server.jobs import Job, ModelInfo, Status
 from tests.guiding import as_base64, controlnet, edges
 
@@ -180,6 +180,12 @@ def test_a_unit_that_asks_for_what_is_not_here(server: Inside) -> None:
     assert server.ask("GET", "/controlnet/module_list").json()["module_list"] == ["none"]
 
 
+def guided_by(found: Unit, request: Request, picture: Image.Image | None) -> Any:
+    """Return a request that one unit guides, with a model of one ControlNet."""
+    fitted = found.fitted(request, picture, (64, 64))
+    return guided([(found, fitted)], request, (64, 64), 1)
+
+
 MODES = {
     (0, 0, 128, 128): (None, 1, "1", "Crop and Resize", "Scale to Fit (Inner Fit)"),
     (32, 0, 96, 128): (0, 3, "Just Resize"),
@@ -193,9 +199,8 @@ def test_the_extension_s_modes(where: tuple[int, ...], modes: tuple[object, ...]
     wide = Image.new("RGB", (256, 128))
     wide.paste("white", (64, 0, 192, 128))
     for mode in modes:
-        found, _ = unit_of(TextToImage(**unit(resize_mode=mode, weight="0.8")), "edges")
-        assert found is not None
-        request = found.guided(Request(width=128, height=128), wide, (64, 64))
+        (found,), _ = guiding_units(TextToImage(**unit(resize_mode=mode, weight="0.8")), ["edges"])
+        request = guided_by(found, Request(width=128, height=128), wide)
         assert request.control_image is not None
         assert request.control_scale == 0.8
         white = request.control_image.convert("1", dither=Image.Dither.NONE)
@@ -208,15 +213,14 @@ def test_a_unit_beside_a_picture_to_start_from() -> None:
     for given in (edges((64, 64)), None):
         sent = "" if given is None else as_base64(given)
         body = ImageToImage(**unit(image=sent), init_images=[as_base64(start)])
-        found, warnings = unit_of(body, "edges")
-        assert found is not None
+        (found,), warnings = guiding_units(body, ["edges"])
         assert not warnings
-        request = found.guided(Request(image=start, width=64), given, (64, 64))
+        request = guided_by(found, Request(image=start, width=64), given)
         assert request.control_image is not None
         assert request.control_image.size == (64, 128)
     assert request.control_image.tobytes() == start.resize((64, 128), 1).tobytes()
-    found, warnings = unit_of(TextToImage(**unit(image="")), "edges")
-    assert found is None
+    found, warnings = guiding_units(TextToImage(**unit(image="")), ["edges"])
+    assert not found
     assert warnings == ["alwayson_scripts: ControlNet has a unit without a picture"]
 
 
@@ -227,14 +231,13 @@ def test_a_unit_beside_a_part_that_is_drawn(mode: int) -> None:
     mask.paste(255, (5, 45, 15, 55))
     asked = Request(image=start, mask=mask, mask_padding=0, width=64, height=64)
     body = ImageToImage(**unit(resize_mode=mode), init_images=[as_base64(start)])
-    found, _ = unit_of(body, "edges")
-    assert found is not None
-    request = found.guided(asked, start, (64, 64))
+    (found,), _ = guiding_units(body, ["edges"])
+    request = guided_by(found, asked, start)
     assert request.control_image is not None
     assert request.control_image.tobytes() == start.tobytes()
     large, spot = Image.new("RGB", (3000, 2000)), Image.new("L", (3000, 2000))
     asked = Request(image=large, mask=spot, mask_padding=0)
-    assert found.guided(asked, start, (64, 64)).control_image.size == large.size  # type: ignore[union-attr]
+    assert guided_by(found, asked, start).control_image.size == large.size
 
 
 def test_a_large_picture_of_a_unit(server: Inside) -> None:

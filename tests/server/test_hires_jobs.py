@@ -24,7 +24,7 @@ from safelight.pixels import resized
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.server.apis.sdapi_bodies import ImageToImage, TextToImage
-from safelight.server.apis.sdapi_control import unit_of
+from safelight.server.apis.sdapi_control import guided, guiding_units
 from safelight.server.apis.sdapi_shapes import fitted, understand
 from safelight.studio import entries
 from safelight.studio.form import Form
@@ -342,13 +342,12 @@ def test_a_level_of_fast_has_its_own_steps(plan: Plan) -> None:
 def test_a_unit_guides_the_second_pass_at_its_size(plan: Plan) -> None:
     given = {"controlnet": {"args": [{"image": as_base64(edges()), "resize_mode": 0}]}}
     body = TextToImage(enable_hr=True, steps=4, alwayson_scripts=given, **SMALL)
-    unit, _ = unit_of(body, "edges")
-    assert unit is not None
+    (unit,), _ = guiding_units(body, ["edges"])
     asked = fitted(understand(body, plan), "embedded", (256, 256))
-    guided = unit.guided(asked.request, edges((300, 300)), (256, 256))
-    assert guided.control_image is not None
-    assert guided.control_image.size == (128, 128)
-    assert (guided.width, guided.height) == (64, 64)
+    given = [(unit, unit.fitted(asked.request, edges((300, 300)), (256, 256)))]
+    request = guided(given, asked.request, (256, 256), 1)
+    assert request.pictures["control_image"].size == (128, 128)
+    assert (request.width, request.height) == (64, 64)
 
 
 def test_image_to_image_has_none(plan: Plan) -> None:

@@ -21,7 +21,7 @@ from safelight.families import family_of_folder
 from safelight.picture import open_picture
 from safelight.recipe import read_recipe
 from safelight.request import Request
-from safelight.request_pictures import by_setting, stored_names
+from safelight.request_pictures import by_setting, inputs_in, setting_of
 from safelight.sampling import SchedulerConfig
 from safelight.server.apis.openai_shapes import ApiError, check_files, edit_request
 from safelight.server.apis.sdapi_bodies import ImageToImage, Sent
@@ -58,9 +58,9 @@ def test_a_job_refers_to_pictures(
     job_id = server.submit(**asked)
     wait_for(lambda: server.ask("GET", f"/api/jobs/{job_id}").json()["status"] == "succeeded")
     job = server.ask("GET", f"/api/jobs/{job_id}").json()
-    assert len(job["settings"]["reference_images_sha256"]) == 2
+    assert inputs_in(job["settings"]) == ["reference_images", "reference_images_2"]
     inputs = server.data / "inputs"
-    names = [f"{job_id}-reference_images-{i}.png" for i in (1, 2)]
+    names = [f"{job_id}-reference_images{i}.png" for i in ("", "_2")]
     assert sorted(one.name for one in inputs.glob(f"{job_id}*")) == names
     kept = {name for _, name in _names(server.data / "jobs.sqlite3")}
     assert {f"inputs/{name}" for name in names} <= kept
@@ -75,6 +75,10 @@ def test_a_job_refers_to_pictures(
     assert cli.run([*verify, *given]) == 0
     assert cli.run([*verify, *reversed(given)]) == cli.BAD_INPUT
     assert "reference_images must be the one of SHA-256" in capsys.readouterr().err
+    assert cli.run([*verify, given[0]]) == cli.BAD_INPUT
+    told = capsys.readouterr().err
+    assert "reference_images_2 is needed again" in told
+    assert told.rstrip().endswith(": give it with --reference")
     options = ["--model", str(model), "--dtype", "float32", "--steps=1", "--seed=5", "-W64", "-H64"]
     out = tmp_path / "again.png"
     assert cli.run(["generate", "a cat", *options, *given, "--out", str(out)]) == 0
@@ -86,8 +90,8 @@ def test_a_job_refers_to_pictures(
 def test_what_cannot_be_referred_to_is_refused_at_once(server: Inside) -> None:
     image = as_base64(TWO[0])
     for given, told in (
-        ({"reference_images": image}, b"must be a list of at most 10 pictures"),
-        ({"reference_images": [image] * 11}, b"must be a list of at most 10 pictures"),
+        ({"reference_images": [image] * 11}, b"must be a list of at most 10 pictures, not 11"),
+        ({"reference_images": 5}, b"must be a PNG, JPEG or WebP picture in base64"),
         ({"reference_images": ["AAAA"]}, b"reference_images"),
         ({"reference_images": [as_base64(edges((64, 32)))]}, b"sides must be at least 64"),
         ({"reference_images": [image], "model": "embedded-fast"}, b"give it as image"),
@@ -121,8 +125,8 @@ def test_edits_of_openai(server: Inside) -> None:
         answer = sent_as_form(server, pictures, **fields)
         assert answer.status == 200, answer.body
         settings = read_recipe(base64.b64decode(answer.json()["data"][0]["b64_json"]))["settings"]
-        found = [len(settings.get("reference_images_sha256", ())), "image_sha256" in settings]
-        assert found == images
+        found = [setting_of(name) for name in inputs_in(settings)]
+        assert [found.count(name) for name in ("reference_images", "image")] == images
     answer = sent_as_form(server, [*TWO], model="embedded-fast")
     assert b"image must be one picture, not several: embedded-fast reads no" in answer.body
 
@@ -152,8 +156,7 @@ def test_automatic1111(server: Inside) -> None:
         assert answer.status == 200, answer.body
         assert answer.json()["parameters"]["reference_images"] is None
         settings = read_recipe(base64.b64decode(answer.json()["images"][0]))["settings"]
-        assert len(settings["reference_images_sha256"]) == 1
-        assert ("image_sha256" in settings) == bool(more)
+        assert inputs_in(settings) == [*(["image"] if more else []), "reference_images"]
 
 
 def test_the_picture_to_start_from_is_the_one_that_kontext_edits() -> None:
@@ -195,7 +198,9 @@ def test_rows_of_a_batch_refer_to_files(tmp_path: Path) -> None:
     assert typed.request().reference_images == TWO
     assert text.request().reference_images == TWO
     assert typed.digest == text.digest != other.digest
-    for given, told in (("0.png", "must be a list"), (["2.png"], "there is no file '2.png'")):
+    alone = rules.row(1, Columns(1, {"prompt": "a", "reference_images": "0.png"}, typed=True))
+    assert alone.request().reference_images == TWO[:1]
+    for given, told in ((5, "the path of a picture"), (["2.png"], "there is no file '2.png'")):
         with pytest.raises(SafelightError, match=told):
             rules.row(1, Columns(1, {"prompt": "a", "reference_images": given}, typed=True))
 
@@ -213,7 +218,7 @@ def test_the_form_shows_them_for_models_that_edit() -> None:
         plan = cast(Any, SimpleNamespace(family=family, notes={}, scheduler=SchedulerConfig()))
         suits = Suits(reads=family.reads(), plan=plan)
         assert suits.edits is edits
-        recipe = {"reference_images_sha256": ["0" * 64]}
+        recipe = {"reference_images_sha256": "0" * 64}
         _, told = entries.shown(recipe, Suits(reads=family.reads(), plan=plan))
         assert told == (
             [] if edits else ["this model edits no pictures: those of the recipe are left out"]
@@ -228,7 +233,7 @@ def test_a_recipe_of_anything_is_told(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_stored_picture_that_is_lost_is_told() -> None:
     settings = Request(prompt="a", reference_images=TWO).to_dict()
-    assert stored_names(settings) == ["reference_images-1", "reference_images-2"]
-    left = by_setting({"reference_images-1": None, "reference_images-2": TWO[1]})
-    with pytest.raises(SafelightError, match="must be the one of SHA-256"):
+    assert inputs_in(settings) == ["reference_images", "reference_images_2"]
+    left = by_setting({"reference_images": None, "reference_images_2": TWO[1]})
+    with pytest.raises(SafelightError, match="reference_images_2 is needed again"):
         Request.from_dict(settings, fitted=True, **left)

@@ -17,7 +17,7 @@ from safelight.batch.rows import Columns
 from safelight.errors import SafelightError
 from safelight.picture import open_pictures, reason
 from safelight.request import Request
-from safelight.request_pictures import ALL, REFERENCES, changed
+from safelight.request_pictures import MOST, PICTURES, REFERENCES, changed
 from safelight.settings import Setting, settings_of, shown, unknown_setting
 from safelight.weights.digest import digest_file
 
@@ -98,12 +98,13 @@ class Rules:
         # A seed of -1 means a random seed in web UIs: treat it as missing.
         settings = {n: v for n, v in settings.items() if v is not None and (n, v) != ("seed", -1)}
         settings.setdefault("seed", seed_of(row_id))
+        settings |= {n: self._listed(n, settings[n]) for n in PICTURES if n in settings}
         settings |= changed(settings, self._path)
         if "mask" in settings and "image" not in settings:
             raise SafelightError(
                 "mask needs a picture to repaint: give image as well", field="mask"
             )
-        request = Request(**{n: v for n, v in settings.items() if n not in ALL})
+        request = Request(**{n: v for n, v in settings.items() if n not in PICTURES})
         if "prompt" not in settings and not request.unconditional:
             raise SafelightError(
                 'prompt is missing: give it in a column or by --set prompt="…", or give '
@@ -138,6 +139,16 @@ class Rules:
             raise SafelightError(f"id must be printable and short, not {shown(found)}")
         return str(found)
 
+    def _listed(self, name: str, given: Any) -> Any:
+        """Return what is given for a setting's pictures, as a list if one text names several."""
+        if MOST[name] == 1 or not isinstance(given, str) or not re.search(r"[,\n]", given):
+            return given
+        try:
+            self._path(name, given)  # a file's name may have a comma
+            return given
+        except SafelightError:
+            return _SETTINGS[name].parse(given)
+
     def _path(self, name: str, given: Any) -> str:
         if not isinstance(given, str):
             raise SafelightError(f"{name} must be the path of a picture, not {shown(given)}")
@@ -155,8 +166,13 @@ def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     7 becomes 7.0, and a picture becomes the SHA-256 of its file, wherever that is.
     """
-    numbers = {n: float(v) if _SETTINGS[n].kind is float else v for n, v in settings.items()}
-    return numbers | changed(settings, lambda _, path: _sha256_of(path))
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        several = isinstance(value, list | tuple)
+        if _SETTINGS[name].kind is float:
+            value = [float(one) for one in value] if several else float(value)
+        found[name] = value
+    return found | changed(settings, lambda _, path: _sha256_of(path))
 
 
 def _sha256_of(path: str) -> str:
@@ -221,8 +237,7 @@ def _value(setting: Setting, value: Any, typed: bool) -> Any:
     if not typed and isinstance(value, str):
         if setting.kind is int and (whole := _WHOLE.fullmatch(value)):
             return int(whole[1])
-        alone = setting.kind is None and not setting.several
-        return value if alone else setting.parse(value)
+        return value if setting.kind is None else setting.parse(value)
     if setting.kind is int and isinstance(value, float) and value.is_integer():
         return int(value)  # pandas makes floats of a column with missing numbers
     return value

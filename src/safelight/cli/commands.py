@@ -68,7 +68,7 @@ def _renamed(args: Sequence[str], names: dict[str, "Setting"]) -> list[str]:
             continue
         setting = names[name]
         before = said.setdefault(setting.name, name)
-        if before != name and not setting.repeated:
+        if before != name and not setting.several:
             raise SafelightError(f"{before} and {name} are one setting: give one of them")
         aliased = name in setting.about.aliases
         found.append(f"{setting.option}{equals}{value}" if aliased else argument)

@@ -12,6 +12,7 @@ from safelight.cli.output import StepBar, say, warn
 from safelight.errors import SafelightError
 from safelight.families.control import NETWORKS
 from safelight.interrupt import ctrl_c_waits
+from safelight.request_pictures import each
 from safelight.sizes import drawable_size, own_size, unlike_native
 
 if TYPE_CHECKING:
@@ -113,13 +114,19 @@ def _pixels(request: "Request") -> int:
 
 def _check_networks(loading: Loading, request: "Request") -> None:
     """Raise SafelightError for a picture without the network that reads it; warn of the reverse."""
+    given = loading.keywords
     for picture, network, kind in NETWORKS:
         shown, option = (f"--{name.replace('_', '-')}" for name in (picture, network))
-        given = getattr(loading, network)
-        if given is None and getattr(request, picture) is not None:
+        nets, pictures = (len(each(one)) for one in (given[network], getattr(request, picture)))
+        if pictures and not nets:
             raise SafelightError(f"{shown} needs {kind}: give one with {option}", field=picture)
-        if given is not None and getattr(request, picture) is None:
+        if nets and not pictures:
             warn(f"{option} does nothing without {shown}")
+        elif nets != pictures:
+            raise SafelightError(
+                f"{shown} must be given once for each {option}, {nets} times, not {pictures}",
+                field=picture,
+            )
 
 
 def _warn_of_size(request: "Request", model: str, native: tuple[int, int]) -> str:

@@ -43,7 +43,7 @@ class Loading:
             "parts": options.one_or_all(self.parts),
             "vae": self.vae,
             "refiner": self.refiner,
-            "controlnet": self.controlnet,
+            "controlnet": options.one_or_all(self.controlnet),
             "ip_adapter": self.ip_adapter,
             "image_encoder": self.image_encoder,
             "wildcards_dir": self.wildcards,

@@ -79,10 +79,11 @@ Refiner = Annotated[
     ),
 ]
 Controlnet = Annotated[
-    str | None,
+    list[str] | None,
     Option(
         "--controlnet",
-        help="A ControlNet, through which --control-image guides the model, given as --vae is.",
+        help="A ControlNet or T2I-Adapter, through which --control-image guides the model, given "
+        "as --vae is. More than one may be given, each with a --control-image, in this order.",
         show_default=False,
         rich_help_panel=LOADING,
     ),
@@ -322,24 +323,25 @@ def _parameter(setting: "Setting") -> inspect.Parameter:
     names = (setting.option, setting.about.short) if setting.about.short else (setting.option,)
     group = setting.about.group or SETTINGS
     what = setting.description[:1].upper() + setting.description[1:]
+    again = "; one for each ControlNet, if there are several" if setting.several else ""
+    again = "; may be given more than once" if setting.listed else again
     if setting.kind is bool:
         option = Option(*names, help=f"{what}.", show_default=False, rich_help_panel=group)
         return inspect.Parameter(
             setting.name, keyword, default=None, annotation=Annotated[bool | None, option]
         )
     if setting.kind is None:
-        said = f"{what} (a PNG, JPEG or WebP file)."
+        said = f"{what} (a PNG, JPEG or WebP file){again}."
     else:
         left_out = f" [{setting.left_out}]" if setting.left_out not in ("empty", "none") else ""
-        accepts = "" if setting.kind is str and not setting.choices else f": {setting.accepts}"
-        said = f"{what}{accepts}{left_out}."
+        accepts = "" if setting.kind is str and not setting.choices else f": {setting.accepts_one}"
+        said = f"{what}{accepts}{again}{left_out}."
     if setting.kind is tuple:
         each = f": {setting.about.accepts}" if setting.about.accepts else ""
-        said = f"{what}{each}; may be given more than once."
-    if setting.several:
-        said = f"{what}: a PNG, JPEG or WebP file; may be given more than once."
+        said = f"{what}{each}{again}."
     option = Option(*names, help=said, show_default=False, rich_help_panel=group)
-    kind = list[str] if setting.repeated else setting.kind or str
+    kind = str if setting.kind in (None, tuple) else setting.kind
+    kind = list[kind] if setting.several else kind
     return inspect.Parameter(
         setting.name, keyword, default=None, annotation=Annotated[kind | None, option]
     )

@@ -143,7 +143,7 @@ def verify(
         str | None, Option(help="Where the refiner is, if any.", show_default=False)
     ] = None,
     controlnet: Annotated[
-        str | None, Option(help="Where the ControlNet is, if any.", show_default=False)
+        list[str] | None, Option(help="Where each ControlNet is, if any.", show_default=False)
     ] = None,
     ip_adapter: Annotated[
         str | None, Option(help="Where the IP-Adapter is, if any.", show_default=False)
@@ -167,7 +167,7 @@ def verify(
         str | None, Option(help="The mask it was made with, if any.", show_default=False)
     ] = None,
     control_image: Annotated[
-        str | None, Option(help="The picture that guided it, if any.", show_default=False)
+        list[str] | None, Option(help="Each picture that guided it, if any.", show_default=False)
     ] = None,
     ip_adapter_image: Annotated[
         str | None, Option(help="The picture that was a prompt, if any.", show_default=False)
@@ -195,6 +195,7 @@ def verify(
     from safelight.adapters.recorded import recorded_files
     from safelight.picture import largest_difference, open_picture, open_pictures
     from safelight.recipe import USED, enlarge, listed_files, read_recipe
+    from safelight.request_pictures import by_input, inputs_in, setting_of
     from safelight.settings import settings_of
     from safelight.upscaling.record import checked
     from safelight.weights.library import open_library
@@ -209,12 +210,14 @@ def verify(
             f"{png[-100:]!r} is a grid of several pictures: verify takes one picture"
         )
     picture, later = open_picture(png), checked(recipe)
-    given: dict[str, Any] = {"image": image, "mask": mask, "control_image": control_image}
+    given: dict[str, Any] = {"image": image, "mask": mask, "control_image": control_image or None}
     given |= {"ip_adapter_image": ip_adapter_image, "reference_images": reference}
+    there = by_input(given)
+    missing = {setting_of(n) for n in inputs_in(recipe["settings"]) if n not in there}
     try:
         request = safelight.Request.from_dict(recipe["settings"], **open_pictures(given))
     except SafelightError as error:
-        if error.field not in given or given[error.field] is not None:
+        if error.field not in missing:
             raise
         option = settings_of(safelight.Request)[error.field].option
         raise SafelightError(f"{error}: give it with {option}", field=error.field) from None
@@ -223,10 +226,11 @@ def verify(
         try:
             loaded = load(
                 model or _recorded("model", used["model"], models_dir) or "",
-                parts=parts or _recorded_parts(used["parts"], models_dir),
+                parts=parts or _all_recorded("parts", used["parts"], models_dir),
                 vae=vae or _recorded("vae", used["vae"], models_dir),
                 refiner=refiner or _recorded("refiner", used["refiner"], models_dir),
-                controlnet=controlnet or _recorded("controlnet", used["controlnet"], models_dir),
+                controlnet=controlnet
+                or _all_recorded("controlnet", used["controlnet"], models_dir),
                 ip_adapter=ip_adapter or _recorded("ip_adapter", used["ip_adapter"], models_dir),
                 image_encoder=image_encoder,  # else the one that the adapter finds
                 models_dir=models_dir,
@@ -248,7 +252,7 @@ def verify(
         _check_used("vae", used["vae"], (loaded.other_vae or {}).get("sha256"))
         second = None if loaded.refiner is None else loaded.refiner.sha256
         _check_used("refiner", used["refiner"], second)
-        _check_used("controlnet", used["controlnet"], (loaded.control or {}).get("sha256"))
+        _check_controlnets(used["controlnet"], loaded.control)
         for kind in ("ip_adapter", "image_encoder"):
             _check_used(kind, used[kind], loaded.image_prompts.get(kind, {}).get("sha256"))
         library = open_library(models_dir)
@@ -335,11 +339,11 @@ def _recorded(kind: str, used: dict[str, str] | None, models_dir: str | None) ->
     return name
 
 
-def _recorded_parts(used: Any, models_dir: str | None) -> list[str] | None:
-    """Return where the parts of a recipe are, one or several; see `_recorded`."""
+def _all_recorded(kind: str, used: Any, models_dir: str | None) -> list[str] | None:
+    """Return where the parts or the ControlNets of a recipe are; see `_recorded`."""
     from safelight.recipe import listed_files
 
-    found = [_recorded("parts", one, models_dir) for one in listed_files(used)]
+    found = [_recorded(kind, one, models_dir) for one in listed_files(used)]
     return [path for path in found if path is not None] or None
 
 
@@ -359,6 +363,22 @@ def _check_parts(recorded: Any, taken: Any) -> None:
         f"parts must be {told or 'none'}, not {', '.join(name[:40] for name in found.values())}: "
         "give those that made the picture, each with --parts"
     )
+
+
+def _check_controlnets(recorded: Any, taken: Any) -> None:
+    """Raise SafelightError if a model's ControlNets are not those of a recipe, in its order."""
+    from safelight.recipe import listed_files
+
+    used, loaded = listed_files(recorded), listed_files(taken)
+    if len(used) != len(loaded) and (used or len(loaded) > 1):
+        told = ", ".join(f"{one['name'][:40]} ({one['sha256'][:10]}…)" for one in used) or "none"
+        raise SafelightError(
+            f"controlnet must be {told}, not {len(loaded)} of them: give those that made the "
+            "picture, each with --controlnet, in the same order"
+        )
+    for place in range(max(len(used), len(loaded))):
+        sha256 = loaded[place]["sha256"] if loaded else None
+        _check_used("controlnet", used[place] if used else None, sha256)
 
 
 def _check_used(kind: str, used: dict[str, str] | None, sha256: str | None) -> None:

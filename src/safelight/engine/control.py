@@ -1,4 +1,4 @@
-"""The picture that guides a model through its ControlNet (arXiv:2302.05543)."""
+"""The pictures that guide a model, each through its ControlNet or its T2I-Adapter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from safelight.controls import Guide, guides
 from safelight.engine.inputs import covering
+from safelight.nets.t2i_adapter import T2IAdapter
 
 if TYPE_CHECKING:
     from safelight.model import Model
@@ -17,37 +19,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """What guides the steps of one picture.
+    """One picture that guides the steps of a job.
 
-    hint: what the network reads of the picture, [1, channels, h, w]. request: says how much it
-    guides, and when.
+    hint: what a ControlNet reads of the picture, [1, channels, h, w]; None of a T2I-Adapter. maps:
+    what a T2I-Adapter adds to the states of the UNet at each step, [1, channels, h, w] each; none
+    of a ControlNet. guide: how much it guides, and when.
     """
 
-    network: ControlNetModel
-    hint: Tensor
-    request: Request
+    network: ControlNetModel | T2IAdapter
+    guide: Guide
+    hint: Tensor | None = None
+    maps: tuple[Tensor, ...] = ()
 
     @property
     def scale(self) -> float:
         """Factor of what the network adds."""
-        return self.request.control_scale
+        return self.guide.scale
 
 
-def guides(request: Request, row: int, rows: int) -> bool:
-    """Return whether the control image guides a row: as in diffusers, if all of it is in bounds."""
-    within = in_bounds(request.control_start, request.control_end, row, rows)
-    return within and request.control_scale != 0
+def guides_any(request: Request, row: int, rows: int) -> bool:
+    """Return whether any picture of a request guides a row."""
+    return any(guide.at(row, rows) for _, guide in guides(request))
 
 
-def in_bounds(start: float, end: float, row: int, rows: int) -> bool:
-    """Return whether all of a row lies between two shares of the rows."""
-    return start <= row / rows and (row + 1) / rows <= end
-
-
-def read_control(model: Model, request: Request) -> Control | None:
-    """Return what guides the pictures of a resolved request; None without a control_image."""
-    if request.control_image is None:
-        return None
-    network = model.controlnet
-    pixels = covering(model, request.control_image).add(1).div(2)
-    return Control(network, network.read(pixels.to(model.dtype)), request.without_pictures())
+def read_control(model: Model, request: Request) -> tuple[Control, ...]:
+    """Return what guides the pictures of a resolved request; empty without a control_image."""
+    found: list[Control] = []
+    for network, (picture, guide) in zip(model.controlnets, guides(request), strict=False):
+        if not guide.scale:
+            continue
+        if isinstance(network, T2IAdapter) and network.config.in_channels == 1:
+            picture = picture.convert("L")
+        pixels = covering(model, picture).add(1).div(2).to(model.dtype)
+        if isinstance(network, T2IAdapter):
+            maps = tuple(guide.scale * one for one in network(pixels))
+            found.append(Control(network, guide, maps=maps))
+        else:
+            found.append(Control(network, guide, network.read(pixels)))
+    return tuple(found)

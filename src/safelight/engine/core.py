@@ -275,7 +275,7 @@ class Engine:
 
     def _advance(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[Ticket]]:
         began, first = time.monotonic(), tickets[0].job  # of a call, all are alike
-        counts = first.plan(tickets[0].model).full and first.asked.control is None
+        counts = first.plan(tickets[0].model).full and not first.asked.control
         load = sum(ticket.load for ticket in tickets)  # the next step's may be another
         try:
             with torch.inference_mode():

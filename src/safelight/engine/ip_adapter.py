@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from safelight.engine.control import in_bounds
+from safelight.controls import in_bounds
 from safelight.families.base import Conditioning
 from safelight.nets.image_prompt import ImagePrompt, joined
 from safelight.picture import to_tensor

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from safelight.engine.control import Control, guides
+from safelight.engine.control import Control
 from safelight.engine.denoiser import clip_or_threshold, estimate
 from safelight.engine.inputs import covering
 from safelight.engine.ip_adapter import PicturePrompt, counts
@@ -66,8 +66,8 @@ class Job:
     the first. steps: the number of steps, as some samplers have several rows per step; None: one
     row per step. canvas: what is painted in, if there is a mask. size: width and height of what is
     drawn, in pixels; None: all that the latents cover.
-    control, prompted: the picture that guides it, and the picture that is a prompt, if there are
-    such; a refiner reads neither. references: latents of the reference pictures.
+    control, prompted: the pictures that guide it, and the picture that is a prompt, if there are
+    such; a refiner reads none of them. references: latents of the reference pictures.
     """
 
     table: Table
@@ -84,7 +84,7 @@ class Job:
     second: Second | None = None
     kept: Kept = field(default_factory=Kept)
     size: tuple[int, int] | None = None
-    control: Control | None = None
+    control: tuple[Control, ...] = ()
     prompted: PicturePrompt | None = None
     references: tuple[Tensor, ...] = ()
 
@@ -110,10 +110,9 @@ class Job:
             found = replace(found, references=self.references)
         if (prompted := self._prompted_at(cursor)) is not None:
             found = replace(found, image=prompted.rows(found.evaluations))
-        control = self.control if self._second_at(cursor) is None else None
-        if control is None or not guides(control.request, cursor, rows):
-            return found
-        return replace(found, control=control)
+        control = self.control if self._second_at(cursor) is None else ()
+        control = tuple(one for one in control if one.guide.at(cursor, rows))
+        return replace(found, control=control) if control else found
 
     def _prompted_at(self, cursor: int) -> PicturePrompt | None:
         """Return the picture that is a prompt of a row."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safelight.adapters.asked import asked_of
 from safelight.adapters.embeddings import record
 from safelight.defaults import LEVELS, is_distilled, level_of
-from safelight.engine.control import guides, read_control
+from safelight.engine.control import guides_any, read_control
 from safelight.engine.ip_adapter import counts, read_prompted
 from safelight.engine.job import Job, prepare
 from safelight.engine.references import read_references
@@ -43,8 +43,8 @@ def resolve_request(model: Model, request: Request) -> Request:
     """
     family = model.family
     family.check_request(model, request)
-    beside = {"controlnet": model.controlnet, "ip_adapter": model.ip_adapter}
-    check_networks(model.name, request, [name for name, net in beside.items() if net is not None])
+    beside = {"controlnet": len(model.controlnets), "ip_adapter": model.ip_adapter is not None}
+    check_networks(model.name, request, beside)
     check_model(model, request)
     check_references(model, request)
     if request.hires_scale > 1:
@@ -174,7 +174,7 @@ def _warnings(model: Model, asked: Request, resolved: Request) -> list[str]:
         if not read and getattr(asked, name) != setting.default:
             found.append(f"{name} does nothing with {model.name}: leave it out")
     pictured = (
-        (resolved.control_image, guides, "control_image guides no step: see control"),
+        (resolved.control_image, guides_any, "control_image guides no step: see control"),
         (resolved.ip_adapter_image, counts, "ip_adapter_image counts at no step: see ip_adapter"),
     )
     for picture, counted, told in pictured:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from safelight.families.base import Conditioning, Family, Part
+from safelight.families.base import Conditioning, Family
 from safelight.families.flux import FLUX
 from safelight.families.flux2 import DEV, FLUX2
+from safelight.families.part import Part
 from safelight.families.pixels import Pixels
 from safelight.families.qwenimage import BASE as QWEN_IMAGE
 from safelight.families.qwenimage_files import NOT_READ
@@ -38,15 +39,16 @@ FAMILIES: list[Family] = [SD, SDXL, REFINER, SD3, FLUX2, FLUX, Z_IMAGE, QWEN_IMA
 FLUX.2 comes before FLUX.1, whose marks its single files have, too.
 """
 
-# Parts of pipelines that are not read with the model. A ControlNet is given beside it, and so is an
-# IP-Adapter, which finds the model's image_encoder.
-_IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "controlnet"}
+# Parts of pipelines that are not read with the model. A ControlNet or a T2I-Adapter is given beside
+# it, and so is an IP-Adapter, which finds the model's image_encoder.
+_IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "controlnet", "adapter"}
 _PART = "one part of a model folder; give the folder's path"
 _TRANSFORMER = (
     "a transformer in diffusers' layout; give a model's folder that has it as "
     "transformer/diffusion_pytorch_model.safetensors"
 )
 _CONTROL = "a ControlNet, not a whole model"
+_T2I_ADAPTER = "a T2I-Adapter, not a whole model: give it with --controlnet beside one"
 _IP_ADAPTER = "an IP-Adapter, not a whole model: give it with --ip-adapter beside one"
 _BITSANDBYTES = re.compile(r".*\.(nested_)?(absmax|quant_map)|.*\.bitsandbytes__\w+")
 """Tensors that bitsandbytes stores beside weights in 4 bits."""
@@ -57,6 +59,8 @@ _FOREIGN = (
     ("zero_convs.", _CONTROL),  # in the original names, alone in its file
     ("input_hint_block.", _CONTROL),
     ("controlnet_", _CONTROL),  # in diffusers' names
+    ("adapter.body.", _T2I_ADAPTER),
+    ("body.0.", _T2I_ADAPTER),  # in the original names
     ("lora_", "a LoRA, not a whole model"),
     ("image_proj.", _IP_ADAPTER),
     ("ip_adapter.", _IP_ADAPTER),

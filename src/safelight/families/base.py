@@ -7,21 +7,20 @@ about its files.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
-from importlib import import_module
+from collections.abc import Mapping, Set
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families.conditioning import Cached, Conditioning
 from safelight.families.control import CONTROL, IP_ADAPTER
+from safelight.families.part import Part
 from safelight.request_pictures import REFERENCES
 from safelight.sampling import Level, SchedulerConfig, Table, clean_estimate, table
 from safelight.weights.names import Section
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from safelight.families.single import SingleFile
     from safelight.model import Model
@@ -33,54 +32,11 @@ if TYPE_CHECKING:
     from safelight.weights.plan import Plan
 
 
-def encoder_of(tokenizer: str) -> str:
-    """Return the name of the text encoder that reads a tokenizer's tokens, as folders have it."""
-    return tokenizer.replace("tokenizer", "text_encoder")
-
-
-def tokenizer_of(encoder: str) -> str:
-    """Return the name of the tokenizer of a text encoder, as folders have it."""
-    return encoder.replace("text_encoder", "tokenizer")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One network of a model.
-
-    module, network, config: names of the module, of the network's class and of its config's class.
-      As they are names, PyTorch is imported only when the network is built.
-    classes: names that model_index.json may give it; if empty, only `network`.
-    stem: the name of its weight files in a folder.
-    rename: from a key of a folder's file to our name, None for a key that is not used.
-    reshape: from name and stored shape to the shape that is read.
-    others: parts that a folder may have in its place, by their class in model_index.json.
-    whole: whether all that a published file has of the network is read.
-    """
-
-    module: str
-    network: str
-    config: str
-    classes: tuple[str, ...] = ()
-    stem: str = "diffusion_pytorch_model"
-    rename: Callable[[str], str | None] = lambda key: key
-    reshape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
-    others: Mapping[str, Part] = field(default_factory=dict)
-    whole: bool = True
-
-    def load_classes(self) -> tuple[type[NetConfig], type[nn.Module]]:
-        """Return the classes of the config and of the network."""
-        module = import_module(self.module)
-        return getattr(module, self.config), getattr(module, self.network)
-
-
 SHORTCUTS = (
     *("cache_every", "cache_branch", "guidance_start", "guidance_end", "text_end"),
     "linears",
 )
 """The settings of the fast mode, besides its level; see `engine.shortcuts`."""
-
-NO_PART = (None, None)
-"""The value in model_index.json of a part that is absent."""
 
 
 class Family:

@@ -23,7 +23,7 @@ class Conditioning:
     pooled: states of whole texts, [n, width]. sizes: numbers about the picture, [n, numbers].
     guidance: the scale, for two or more evaluations or a network that was distilled with it.
     extra: channels that the network reads beside the state, [1, channels, h, w].
-    control: what guides the network by a picture, None if nothing does.
+    control: what guides the network by pictures.
     image: what it reads of a picture that is a prompt, a row for each evaluation; None: of none.
     references: clean latents of the reference pictures, each [1, channels, any, any].
     lengths: how many of each text's states the network reads, [n]; None: all.
@@ -37,7 +37,7 @@ class Conditioning:
     sizes: Tensor | None = None
     guidance: float = 1.0
     extra: Tensor | None = None
-    control: Control | None = None
+    control: tuple[Control, ...] = ()
     lengths: tuple[int, ...] | None = None
     weights: tuple[float, ...] | None = None
     later: tuple[tuple[int, Conditioning], ...] = ()
@@ -65,7 +65,7 @@ class Conditioning:
         tensors = (self.tokens, self.pooled, self.sizes, self.extra)
         shapes = tuple(None if t is None else tuple(t.shape[1:]) for t in tensors)
         referred = tuple(one.shape for one in self.references)
-        return (*shapes, id(self.control), self.image is None, referred)
+        return (*shapes, tuple(map(id, self.control)), self.image is None, referred)
 
     @property
     def is_finite(self) -> bool:

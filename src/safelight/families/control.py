@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from safelight.errors import SafelightError
+from safelight.request_pictures import each
 
 if TYPE_CHECKING:
     from safelight.request import Request
@@ -25,15 +26,29 @@ NETWORKS = (
 for the network."""
 
 
-def check_networks(model: str, request: Request, there: Collection[str]) -> None:
-    """Raise SafelightError if a request has a picture and its network is not there.
+def check_networks(model: str, request: Request, there: Mapping[str, int]) -> None:
+    """Raise SafelightError if a request has pictures that are not one for each network.
 
-    model: its name. there: the networks, of those named in NETWORKS.
+    model: its name. there: how many networks there are, of those named in NETWORKS.
     """
     for picture, network, kind in NETWORKS:
-        if getattr(request, picture) is not None and network not in there:
+        given = getattr(request, picture)
+        if given is None:
+            continue
+        if not there[network]:
             raise SafelightError(
                 f"{picture} needs {kind}, and {model} was loaded without one: give one with "
                 f"{network}, or leave it out",
                 field=picture,
             )
+        count = len(each(given))
+        if count != there[network]:
+            raise SafelightError(
+                f"{picture} must be {_pictures(there[network])} for {model}, one for each of its "
+                f"{kind.split()[-1]}s, not {count}; scale 0 turns one off",
+                field=picture,
+            )
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.autoencoded import AutoencodedFamily
-from safelight.families.base import Cached, Conditioning, Part
+from safelight.families.base import Cached, Conditioning
 from safelight.families.flow_files import Layout, Published, is_unused, unknown_variant
 from safelight.families.flow_texts import MARKED, is_marked, readings_of, texts_of
+from safelight.families.part import Part
 from safelight.families.single import SingleFile
 from safelight.prompt.networks import is_lora
 from safelight.prompt.whole import Reader

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
-from safelight.families.base import Conditioning, Part
+from safelight.families.base import Conditioning
 from safelight.families.flow import (
     QWEN3_PART,
     QWEN_TOKENIZERS,
@@ -31,6 +31,7 @@ from safelight.families.flow_files import (
     Published,
     flux2_is_dev,
 )
+from safelight.families.part import Part
 from safelight.families.references import AREA, within
 from safelight.request_pictures import MAX_REFERENCES
 from safelight.weights.check import refusal

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from safelight.errors import SafelightError
 from safelight.families import encoding
 from safelight.families.autoencoded import AutoencodedFamily
-from safelight.families.base import NO_PART, SHORTCUTS, Conditioning, Part
+from safelight.families.base import SHORTCUTS, Conditioning
+from safelight.families.part import NO_PART, Part
 from safelight.weights import names
 
 if TYPE_CHECKING:
@@ -267,6 +268,7 @@ class LatentFamily(AutoencodedFamily):
         import torch
 
         from safelight.nets.image_prompt import joined
+        from safelight.nets.sums import total
         from safelight.nets.unet import guidance_embedding
 
         net, x, times, scales = model.network, [], [], []
@@ -288,15 +290,19 @@ class LatentFamily(AutoencodedFamily):
         context = _joined([c.tokens for c in conditionings], rows_in.dtype)
         pooled = _joined([c.pooled for c in conditionings], rows_in.dtype)
         sizes = _joined([c.sizes for c in conditionings], torch.float32)
-        added = None
-        if (control := conditionings[0].control) is not None:  # the same for all of them
-            most = reuse.skips if reuse is not None and reuse.taken else None
-            alone = rows_in[:, : net.config.out_channels]  # without a mask and the picture around
-            hint, scale = control.hint, control.scale
-            added = control.network(alone, at, context, hint, scale, pooled, sizes, most)
+        most = reuse.skips if reuse is not None and reuse.taken else None
+        alone = rows_in[:, : net.config.out_channels]  # without a mask and the picture around
+        guiding = conditionings[0].control  # the same for all of them
+        added = total(
+            one.network(alone, at, context, one.hint, one.scale, pooled, sizes, most)
+            for one in guiding
+            if one.hint is not None
+        )
+        maps = total(one.maps for one in guiding if one.maps)
         seen = [c.image for c in conditionings if c.image is not None]
         image = joined(seen) if seen else None
-        return net(rows_in, at, context, embedded, pooled, sizes, reuse, added, image).float()
+        how = {"control": added, "maps": maps, "image": image}
+        return net(rows_in, at, context, embedded, pooled, sizes, reuse, **how).float()
 
     def example(self, model: Model) -> Conditioning:
         import torch

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
-from safelight.families.base import Conditioning, Family, Part
+from safelight.families.base import Conditioning, Family
+from safelight.families.part import Part
 
 if TYPE_CHECKING:
     from torch import Tensor

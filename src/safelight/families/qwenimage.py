@@ -13,10 +13,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
-from safelight.families.base import Conditioning, Part
+from safelight.families.base import Conditioning
 from safelight.families.flow import QWEN_TOKENIZERS, FlowFamily, Reader, Rows, qwen_tokenizer
 from safelight.families.flow_calls import by_length
 from safelight.families.flow_files import Layout, Published
+from safelight.families.part import Part
 from safelight.families.qwenimage_files import (
     NOT_READ,
     QWEN_IMAGE,

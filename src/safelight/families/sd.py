@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families import colours
-from safelight.families.base import NO_PART, Family, Part
+from safelight.families.base import Family
 from safelight.families.latent import (
     BETAS,
     CLIP_CONFIG,
@@ -31,6 +31,7 @@ from safelight.families.latent import (
     told_by_marks,
     unet_prefix,
 )
+from safelight.families.part import NO_PART, Part
 from safelight.families.single import SingleFile
 from safelight.sampling import SchedulerConfig
 from safelight.weights import names
@@ -106,6 +107,7 @@ class StableDiffusion(LatentFamily):
         "StableDiffusionControlNetPipeline",
         "StableDiffusionControlNetImg2ImgPipeline",
         "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionAdapterPipeline",
     )
     parts: ClassVar[Mapping[str, Part]] = {
         "unet": UNET_PART,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families import colours
-from safelight.families.base import NO_PART, Conditioning, Part
+from safelight.families.base import Conditioning
 from safelight.families.flow import (
     T5_PART,
     T5_TOKENIZERS,
@@ -31,6 +31,7 @@ from safelight.families.flow_files import (
     Published,
 )
 from safelight.families.latent import END, TEXT_PART, TOKENIZERS, VAE_PART
+from safelight.families.part import NO_PART, Part
 from safelight.weights.names_joint import sd3_section
 
 if TYPE_CHECKING:

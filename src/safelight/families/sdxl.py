@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.families import colours
-from safelight.families.base import Family, Part
+from safelight.families.base import Family
 from safelight.families.latent import (
     BETAS,
     CLIP_G_CONFIG,
@@ -35,6 +35,7 @@ from safelight.families.latent import (
     told_by_marks,
     unet_prefix,
 )
+from safelight.families.part import Part
 from safelight.families.single import SingleFile
 from safelight.weights import names
 from safelight.weights.check import Header, refusal
@@ -131,6 +132,7 @@ class StableDiffusionXL(LatentFamily):
         "StableDiffusionXLControlNetPipeline",
         "StableDiffusionXLControlNetImg2ImgPipeline",
         "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLAdapterPipeline",
     )
     parts: ClassVar[Mapping[str, Part]] = {
         "unet": UNET_PART,

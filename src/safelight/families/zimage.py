@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families import colours
-from safelight.families.base import Conditioning, Part
+from safelight.families.base import Conditioning
 from safelight.families.flow import (
     QWEN3_PART,
     QWEN_TOKENIZERS,
@@ -25,6 +25,7 @@ from safelight.families.flow import (
 from safelight.families.flow_calls import by_length
 from safelight.families.flow_files import Z_IMAGE, ZIMAGE_LAYOUT, Layout, Published
 from safelight.families.latent import VAE_PART
+from safelight.families.part import Part
 from safelight.weights.names import Section
 from safelight.weights.names_zimage import zimage_names, zimage_stacked
 

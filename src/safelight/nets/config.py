@@ -28,6 +28,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "batch_norm_eps": (1e-12, 0.1),
     "block_out_channels": (1, 2**14),
     "cap_feat_dim": (1, 2**14),
+    "channels": (1, 2**14),
     "caption_projection_dim": (1, 2**14),
     "cross_attention_dim": (1, 2**14),
     "d_ff": (1, 2**16),

@@ -9,6 +9,7 @@ every transformer attends to the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from safelight.nets.layers import (
     timestep_embedding,
 )
 from safelight.nets.reuse import Reuse
+from safelight.nets.sums import plus
 from safelight.nets.unet_config import UNetConfig
 
 
@@ -59,16 +61,26 @@ class DownBlock2D(nn.Module):
         reuse: Reuse | None = None,
         most: int | None = None,
         image: ImagePrompt | None = None,
+        added: Tensor | None = None,
     ) -> list[Tensor]:
-        """Return the states for the skip connections. most: how many of them; None: all."""
+        """Return the states for the skip connections. most: how many of them; None: all.
+
+        added: to the state after the last transformer; of a block without, to the last state, as in
+        diffusers.
+        """
         skips = []
         for j, block in enumerate(self.resnets[:most]):
             x = block(x, temb)
             if self.attentions is not None:
                 x = self.attentions[j](x, context, reuse, image)
+                if added is not None and j == len(self.resnets) - 1:
+                    x = plus(x, added)
             skips.append(x)
         if self.downsamplers is not None and len(skips) != most:
             skips.append(self.downsamplers[0](x))
+        whole = len(skips) == len(self.resnets) + (self.downsamplers is not None)
+        if added is not None and self.attentions is None and whole:
+            skips[-1] = plus(skips[-1], added)
         return skips
 
 
@@ -204,13 +216,17 @@ class UNetEncoder(nn.Module):
         reuse: Reuse | None = None,
         most: int | None = None,
         image: ImagePrompt | None = None,
+        maps: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """Return the states for the skip connections. most: how many of them; None: all."""
+        """Return the states for the skip connections. most: how many of them; None: all.
+
+        maps: what is added in each block.
+        """
         found = [x]
-        for down in self.down_blocks:
+        for down, added in zip_longest(self.down_blocks, maps[: len(self.down_blocks)]):
             left = None if most is None else most - len(found)
             if left is None or left > 0:
-                found += down(found[-1], temb, context, reuse, left, image)
+                found += down(found[-1], temb, context, reuse, left, image, added)
         return found
 
     def _added(self, pooled: Tensor, sizes: Tensor) -> Tensor:
@@ -250,8 +266,9 @@ class UNet2DConditionModel(UNetEncoder):
         pooled: Tensor | None = None,
         sizes: Tensor | None = None,
         reuse: Reuse | None = None,
-        control: list[Tensor] | None = None,
+        control: Sequence[Tensor] = (),
         image: ImagePrompt | None = None,
+        maps: Sequence[Tensor] = (),
     ) -> Tensor:
         """Return noise, velocity or clean latents, as trained: [k·batch, out_channels, h, w].
 
@@ -262,11 +279,12 @@ class UNet2DConditionModel(UNetEncoder):
         `addition_embed_type`. reuse: what is reused from an earlier call of the same rows.
         control: what is added to each skip connection that is computed, and to the middle block's
         state; see `ControlNetModel`. image: what it reads of pictures, one row for each of context.
+        maps: what is added in each down block, and to the middle block's state; see `T2IAdapter`.
         """
         x, temb = self.begin(x, timestep, guidance, pooled, sizes)
         taken = reuse is not None and reuse.taken
         most = reuse.skips if reuse is not None and taken else None
-        skips = self.skips(x, temb, context, reuse, most, image)
+        skips = self.skips(x, temb, context, reuse, most, image, maps)
         layers, first = self.config.layers_per_block + 1, 0
         if reuse is not None and taken:
             assert reuse.deep is not None
@@ -275,20 +293,16 @@ class UNet2DConditionModel(UNetEncoder):
             x = skips[-1]
             if self.mid_block is not None:
                 x = self.mid_block(x, temb, context, reuse, image)
-        if control is not None:
+                if len(maps) > len(self.down_blocks):
+                    x = plus(x, maps[-1])
+        if control:
             if not taken:
-                x = _plus(x, control[-1])
-            skips = [_plus(*both) for both in zip(skips, control, strict=False)]
+                x = plus(x, control[-1])
+            skips = [plus(*both) for both in zip(skips, control, strict=False)]
         for i, up in enumerate(self.up_blocks):
             if first < layers * (i + 1):
                 x = up(x, skips, temb, context, reuse, max(0, first - layers * i), image)
         return self.conv_out(self.conv_norm_out.silu(x, self.conv_out))
-
-
-def _plus(x: Tensor, added: Tensor) -> Tensor:
-    """Return the sum of two maps, of which one may have a row for several of the other."""
-    n = max(len(x), len(added))
-    return rows(x, n) + rows(added, n)
 
 
 def resnet(cfg: UNetConfig, in_ch: int, out_ch: int, temb: int) -> ResnetBlock2D:

@@ -23,7 +23,7 @@ from typing import BinaryIO
 from safelight import __version__
 from safelight.errors import SafelightError, StorageError
 from safelight.picture import save_whole
-from safelight.request_pictures import stored_names
+from safelight.request_pictures import inputs_in
 from safelight.server import schema, snapshot
 from safelight.server.files import MARK, RESTORING, input_name, picture_name
 from safelight.server.private import DATABASE
@@ -201,7 +201,7 @@ def _names(database: Path) -> Iterator[tuple[str, str]]:
     """Yield each job's id with the names of its files, the oldest job first."""
     with closing(sqlite3.connect(database)) as db:
         for job_id, request in db.execute("SELECT id, request FROM jobs ORDER BY created"):
-            for which in stored_names(json.loads(request)):
+            for which in inputs_in(json.loads(request)):
                 yield job_id, input_name(job_id, which)
         for job_id, picture_id in db.execute("SELECT job, id FROM pictures ORDER BY created"):
             yield job_id, picture_name(picture_id)

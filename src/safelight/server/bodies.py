@@ -6,17 +6,16 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from contextvars import ContextVar
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from PIL.Image import Image
 from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
-from safelight.request_pictures import REFERENCES, check_area
+from safelight.request_pictures import by_input, by_setting, check_area, each, setting_of
 from safelight.server.caged import MAX_JSON, PICTURE, from_base64, json_errors
 from safelight.server.callers import caller_of
 from safelight.server.decoding import Decoders
@@ -252,18 +251,30 @@ async def decoded(
         raise SafelightError(text, code=error.code, field=name) from None
 
 
-async def decoded_references(
-    http: HttpRequest, sent: Sequence[list[bytes]], name: str = REFERENCES
-) -> tuple[Image, ...]:
-    """Return reference pictures, decoded one after another. sent: the bytes of each.
+def pictures_sent(settings: Mapping[str, Any]) -> dict[str, list[bytes]]:
+    """Return the pictures among a body's settings, decoded from base64, by their inputs.
 
-    name: what errors call them. Raises SafelightError if they are too large together.
+    Each is in a list of its own, as `decoded` takes it. Raises SafelightError for too many.
     """
-    found: list[Image] = []
-    for data in sent:
-        found.append(await decoded(http, "picture", data, name))
-        check_area(found)
-    return tuple(found)
+    texts = by_input(settings)
+    return {name: [decode_base64(text, setting_of(name))] for name, text in texts.items()}
+
+
+async def decoded_pictures(
+    http: HttpRequest, sent: Mapping[str, list[bytes]], name: str = ""
+) -> dict[str, Any]:
+    """Return a request's pictures by their settings, decoded one after another.
+
+    sent: the bytes of each, by its input. name: what errors call them, by default as their
+    settings. Raises SafelightError if those of a setting are too large together.
+    """
+    found: dict[str, Any] = {}
+    for one in sorted(sent, key=lambda one: one != "mask"):  # first, as it is smaller
+        setting = setting_of(one)
+        kind = "mask" if setting == "mask" else "picture"
+        found[one] = await decoded(http, kind, sent[one], name or setting)
+        check_area(setting, each(by_setting(found)[setting]))
+    return by_setting(found)
 
 
 def _too_long(limit: int) -> RefusedError:

@@ -18,7 +18,7 @@ from PIL import Image
 from safelight.errors import SafelightError, StorageError
 from safelight.picture import HALF, open_picture, reason, write_plain_png, write_png
 from safelight.progress import Reader
-from safelight.request_pictures import PICTURES, STORED
+from safelight.request_pictures import INPUTS, PICTURES, inputs_of
 from safelight.server import private, quarantine
 from safelight.storage import Stored, storage_at
 
@@ -33,7 +33,7 @@ RESTORING = "restore.unfinished"
 """A file that exists while a backup is copied to a storage."""
 
 _ID = re.compile(r"[0-9a-f]{32}")
-_OURS = re.compile(rf"([0-9a-f]{{32}})(?:-(?:{'|'.join(STORED)}))?\.png")
+_OURS = re.compile(rf"([0-9a-f]{{32}})(?:-(?:{'|'.join(INPUTS)}))?\.png")
 """Names of files that this class writes. Other files in its folders are a person's, and stay."""
 
 
@@ -160,7 +160,7 @@ class Files:
         self._save(picture_name(picture_id), lambda file: write_png(file, image, texts))
 
     def remove_inputs(self, job_id: str) -> None:
-        self.storage.remove(input_name(job_id, name) for name in STORED)
+        self.storage.remove(input_name(job_id, name) for name in INPUTS)
 
     def remove_pictures(self, picture_ids: Iterable[str]) -> None:
         self.storage.remove(
@@ -171,14 +171,15 @@ class Files:
 
     def size_of(self, job_id: str, picture_ids: Iterable[str]) -> int:
         """Return the bytes of all files of a job."""
-        names = [input_name(job_id, name) for name in PICTURES]
+        names: list[str] = []
         for picture_id in picture_ids:
             names += [picture_name(picture_id), thumbnail_name(picture_id)]
         found = [self.storage.find(name) for name in names]
-        for name in STORED[len(PICTURES) :]:  # none follows one that is not there
-            found.append(self.storage.find(input_name(job_id, name)))
-            if found[-1] is None:
-                break
+        for setting in PICTURES:
+            for name in inputs_of(setting):
+                found.append(self.storage.find(input_name(job_id, name)))
+                if found[-1] is None:  # none follows one that is not there
+                    break
         return sum(one.size for one in found if one is not None)
 
     def total_size(self) -> int:

@@ -14,6 +14,7 @@ from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.hires import HIRES, UPSCALER
 from safelight.region import INPAINTING
 from safelight.request import Request
+from safelight.request_pictures import INPUTS, digest_key, setting_of
 from safelight.server.files import Files
 from safelight.server.jobs import Job
 from safelight.server.store import Store
@@ -45,7 +46,8 @@ def accept(
     beside = {"model": named, "webhook": webhook}
     beside = {name: value for name, value in beside.items() if value is not None}
     # Defaults are left out: another start of the server may have others.
-    own = {name: v for name, v in settings.items() if name.removesuffix("_sha256") in asked}
+    of = {digest_key(name): setting_of(name) for name in INPUTS}
+    own = {name: v for name, v in settings.items() if of.get(name, name) in asked}
     whole = settings | beside
     # The version of the other digest had no such settings.
     newer = [*CONTROL] if request.control_image is None else []

@@ -15,6 +15,7 @@ from safelight.engine.capacity import Capacity, free_memory, out_of_memory
 from safelight.errors import SafelightError
 from safelight.fast import memory
 from safelight.machine import device_memory, pick_device
+from safelight.request_pictures import each
 from safelight.server.jobs import ModelInfo
 from safelight.server.pulse import Pulse
 from safelight.server.served import Served
@@ -299,8 +300,8 @@ class LoadedModels:
             find_vae(settings.vae, models_dir=settings.models_dir)
         if settings.refiner is not None:
             find(settings.refiner, models_dir=settings.models_dir)
-        if settings.controlnet is not None:
-            find_controlnet(settings.controlnet, models_dir=settings.models_dir)
+        for controlnet in each(settings.controlnet):
+            find_controlnet(controlnet, models_dir=settings.models_dir)
         if settings.ip_adapter is not None:
             find_ip_adapter(settings.ip_adapter, models_dir=settings.models_dir)
         if settings.image_encoder is not None:

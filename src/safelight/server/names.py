@@ -30,6 +30,7 @@ from safelight.families.references import check_references
 from safelight.hires import check_model
 from safelight.prompt.styles import Style, apply_styles, read_styles
 from safelight.request import Request
+from safelight.request_pictures import each
 from safelight.server.served import Served
 from safelight.server.settings import WorkerSettings
 from safelight.upscaling.loaded import Upscalers
@@ -139,9 +140,9 @@ class Names:
         except (SafelightError, OSError):
             return  # it may be back by then; the worker tells if not
         reader.plan.family.check_request(reader.plan, asked)
-        beside = {"controlnet": self.controlnet(model), "ip_adapter": self.ip_adapter(model)}
-        there = [name for name, given in beside.items() if given is not None]
-        check_networks(reader.plan.name, asked, there)
+        adapter = self.ip_adapter(model)
+        beside = {"controlnet": len(self.controlnets(model)), "ip_adapter": adapter is not None}
+        check_networks(reader.plan.name, asked, beside)
         check_model(reader.plan, asked)
         check_references(reader.plan, asked)
         if asked.hires_scale > 1:
@@ -187,9 +188,10 @@ class Names:
         found = find(settings.refiner, models_dir=settings.models_dir, download=False)
         return read_plan(found).family
 
-    def controlnet(self, model: str | None = None) -> str | None:
-        """Return the name of a model's ControlNet; only the server's own model may have one."""
-        return self._beside(model, self._settings.controlnet)
+    def controlnets(self, model: str | None = None) -> list[str]:
+        """Return the names of a model's ControlNets; only the server's own model may have some."""
+        named = (self._beside(model, one) for one in each(self._settings.controlnet))
+        return [name for name in named if name is not None]
 
     def ip_adapter(self, model: str | None = None) -> str | None:
         """Return the name of a model's IP-Adapter; only the server's own model may have one."""

@@ -31,7 +31,7 @@ class WorkerSettings:
     parts: str | list[str] | None = None
     vae: str | None = None
     refiner: str | None = None
-    controlnet: str | None = None
+    controlnet: str | list[str] | None = None
     ip_adapter: str | None = None
     image_encoder: str | None = None
     preview_vae: str | None = None

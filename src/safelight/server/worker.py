@@ -15,7 +15,7 @@ from safelight.engine.capacity import out_of_memory
 from safelight.engine.preview import decodes_previews
 from safelight.errors import SafelightError, StorageError
 from safelight.request import Request
-from safelight.request_pictures import by_setting, stored_names
+from safelight.request_pictures import by_setting, inputs_in
 from safelight.server.claims import Claim, LostError
 from safelight.server.held import FEWEST, JOBS, Held, bound, full
 from safelight.server.holder import Holder
@@ -273,7 +273,7 @@ class Worker(Holder):
             steps_total=each * request.count,
             steps_done=each * len(claim.done),
             warnings=list(result.warnings),
-            input_bytes=sum(3 * picture.width * picture.height for picture in pictures.values()),
+            input_bytes=sum(3 * one.width * one.height for one in pictures.values()),
         )
         self._tell("progress", self._held[claim.id])
         if not mine:
@@ -287,7 +287,7 @@ class Worker(Holder):
         """
         if claim.left:
             self._files.remove_pictures(claim.left)
-        names = stored_names(claim.settings)
+        names = inputs_in(claim.settings)
         return {name: self._files.input(claim.id, name) for name in names}
 
     # --- drawing ---------------------------------------------------------------------------------

@@ -54,8 +54,10 @@ def compare(hub: Hub, form: Form, model: Any, decoders: Decoders) -> None:
             if y != NOTHING:
                 axes.append(Axis.parse(f"{y}={down}"))
             suits = await suits_of(hub, model)
-            async with easel.turn(values, decoders, asker(by).name):
-                given = await easel.read_easels(values, decoders, asker(by).name, suits)
+            async with easel.turn(values, decoders, asker(by).name, form.editors):
+                given = await easel.read_easels(
+                    values, decoders, asker(by).name, suits, form.editors
+                )
                 asked = await asyncio.to_thread(entries.request, *given, suits=suits)
                 base = asked.replace(count=1)
                 prompt = base.prompt

@@ -13,16 +13,16 @@ import numpy as np
 from PIL import Image
 
 from safelight.errors import SafelightError
-from safelight.request_pictures import MAX_REFERENCES, check_area
+from safelight.request_pictures import MAX_REFERENCES, REFERENCES, check_area
 from safelight.server.bodies import MAX_BODY
 from safelight.server.decoding import Decoders
 from safelight.studio.suits import Suits
 
 EDITORS = 3
-"""The editors of the form: of the picture to start from, the control image and the prompt."""
+"""The editors of the form: of the picture to start from, the control image and the prompt.
 
-_REFERRED = -2 * EDITORS - 1
-"""The place of the reference pictures among the fields: before the editors."""
+A server of several ControlNets has one for each.
+"""
 
 MAX_LAYERS = 4
 """Layers of an editor's picture: each is held decoded. Ours has one."""
@@ -72,11 +72,20 @@ def references() -> gr.Gallery:
 
 
 def turn(
-    values: Sequence[Any], decoders: Decoders, client: str
+    values: Sequence[Any], decoders: Decoders, client: str, count: int = EDITORS
 ) -> AbstractAsyncContextManager[None]:
-    """Return the client's turn to hold the editors' decoded pictures; none without a picture."""
-    empty = not any(map(_filled, values[-2 * EDITORS :: 2])) and not files_of(values[_REFERRED])
+    """Return the client's turn to hold the editors' decoded pictures; none without a picture.
+
+    count: of the editors, whose values are the last.
+    """
+    referred = files_of(values[_referred(count)])
+    empty = not referred and not any(map(_filled, values[-2 * count :: 2]))
     return nullcontext() if empty else decoders.handling.turn(client)
+
+
+def _referred(count: int) -> int:
+    """Return the place of the reference pictures among the fields: before so many editors."""
+    return -2 * count - 1
 
 
 def _filled(picture: Any) -> bool:
@@ -85,7 +94,7 @@ def _filled(picture: Any) -> bool:
 
 
 async def read_easels(
-    values: Sequence[Any], decoders: Decoders, client: str, suits: Suits
+    values: Sequence[Any], decoders: Decoders, client: str, suits: Suits, count: int = EDITORS
 ) -> list[Any]:
     """Return the values of all fields with the editors' pictures decoded.
 
@@ -93,21 +102,21 @@ async def read_easels(
     layers' alpha channels, or by None without a background. suits: of the model that is to draw;
     without a ControlNet, the control image is not read, nor the prompt's without an IP-Adapter. The
     reference pictures become a tuple; it is empty if the model does not edit.
-    client: who asks. Raises SafelightError.
+    client: who asks. count: of the editors. Raises SafelightError.
     """
     found = [*values]
-    paths = files_of(values[_REFERRED]) if suits.edits else []
+    paths = files_of(values[_referred(count)]) if suits.edits else []
     if len(paths) > MAX_REFERENCES:
         raise SafelightError(f"of pictures to edit there may be {MAX_REFERENCES}, not {len(paths)}")
     referred: list[Image.Image] = []
     for path in paths:
         name = "the picture to edit"
         referred.append(await read_file(decoders, "picture", path, client, name))
-        check_area(referred)
-    found[_REFERRED] = tuple(referred)
+        check_area(REFERENCES, referred)
+    found[_referred(count)] = tuple(referred)
     for place, name, read in (
-        (-6, "the picture", True),
-        (-4, "the control image", suits.guided),
+        (-2 * count, "the picture", True),
+        *((-2 * i, "the control image", suits.guided) for i in range(count - 1, 1, -1)),
         (-2, "the picture of the prompt", suits.prompted),
     ):
         found[place] = await _read(found[place] if read else None, decoders, client, name)

@@ -7,7 +7,14 @@ from typing import Any
 from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.request import Request
-from safelight.request_pictures import ALL, REFERENCES, digest_key
+from safelight.request_pictures import (
+    INPUTS,
+    REFERENCES,
+    digest_key,
+    each,
+    inputs_in,
+    setting_of,
+)
 from safelight.sampling import SAMPLERS
 from safelight.settings import Setting, settings_of
 from safelight.sizes import own_size
@@ -30,7 +37,7 @@ WORDS = (
 """The settings that say what a prompt means; `words.js` adds choosers to their fields."""
 
 
-_DIGESTS = tuple(digest_key(name) for name in ALL)
+_DIGESTS = tuple(map(digest_key, INPUTS))
 
 
 def further_settings(request_type: type[Request]) -> list[Setting]:
@@ -62,7 +69,7 @@ def request(
     """Return the Request of the form's values. Settings that the model does not read are left out.
 
     rest: the values of `Form.further`, the reference pictures and the editor's picture (as
-    `read_easels` returns them), how often it is enlarged, and both of the control image and of the
+    `read_easels` returns them), how often it is enlarged, and both of each control image and of the
     prompt's picture. suits: of the model
     that is to draw.
 
@@ -86,12 +93,21 @@ def request(
         "spacing": None if spacing == OWN else spacing,
         "eta": eta,
     }
-    *more, referred, picture, enlarged, control, control_enlarged, prompted, prompt_enlarged = rest
+    further = further_settings(Request)
+    more, (referred, *easels) = rest[: len(further)], rest[len(further) :]
+    picture, enlarged, *controls, prompted, prompt_enlarged = easels
     image, mask = painted(picture, enlarged)
-    guide = painted(control, control_enlarged)[0] if suits.guided else None
+    guiding = [painted(*both)[0] for both in zip(controls[::2], controls[1::2], strict=True)]
+    if not suits.guided:
+        guiding = []
+    elif suits.reads is None:  # a model elsewhere, which may have as many ControlNets
+        guiding = [one for one in guiding if one is not None]
+    else:
+        guiding = guiding[: suits.guides]
+    guide = next((one for one in guiding if one is not None), None)
     prompting = painted(prompted, prompt_enlarged)[0] if suits.prompted else None
     idle = {*(CONTROL if guide is None else ()), *(IP_ADAPTER if prompting is None else ())}
-    for setting, value in zip(further_settings(Request), more, strict=True):
+    for setting, value in zip(further, more, strict=True):
         if not suits.has(setting) or setting.name in idle:
             continue
         settings |= _entered(setting, value)
@@ -111,7 +127,19 @@ def request(
         near = own_size(sized.size, native)
         settings |= {"width": near[0], "height": near[1]}
     others = {"control_image": guide, "ip_adapter_image": prompting, REFERENCES: referred or None}
+    if guide is not None and len(guiding) > 1:
+        others["control_image"] = tuple(one or guide for one in guiding)
+        scale = CONTROL[1]
+        settings[scale] = _without_picture(settings[scale], [one is None for one in guiding])
     return Request(**settings).with_pictures(image, mask, **others)
+
+
+def _without_picture(scale: Any, empty: list[bool]) -> Any:
+    """Return control_scale, 0 for each ControlNet whose picture is empty."""
+    scales = each(scale) * (len(empty) if len(each(scale)) == 1 else 1)
+    if len(scales) != len(empty) or not any(empty):
+        return scale
+    return tuple(0.0 if off else one for one, off in zip(scales, empty, strict=True))
 
 
 def _entered(setting: Setting, value: Any) -> dict[str, Any]:
@@ -163,13 +191,18 @@ def shown(settings: dict[str, Any], suits: Suits) -> tuple[list[Any], list[str]]
             known[name] = value
         except SafelightError as error:
             told.append(str(error))
-    if settings.get("control_image_sha256") is not None and not suits.guided:
+    pictures = [setting_of(name) for name in inputs_in(settings)]
+    guides = pictures.count(CONTROL[0])
+    if guides and not suits.guided:
         told.append("the control image needs a ControlNet, which this model does not have")
         known = {name: value for name, value in known.items() if name not in CONTROL}
-    if settings.get("ip_adapter_image_sha256") is not None and not suits.prompted:
+    elif guides > suits.guides or any(len(each(known.get(n))) > suits.guides for n in CONTROL):
+        told.append(f"with this model the page takes {suits.guides} control image, not {guides}")
+        known = {name: value for name, value in known.items() if name not in CONTROL}
+    if IP_ADAPTER[0] in pictures and not suits.prompted:
         told.append("the prompt's picture needs an IP-Adapter, which this model does not have")
         known = {name: value for name, value in known.items() if name not in IP_ADAPTER}
-    if settings.get(digest_key(REFERENCES)) and not suits.edits:
+    if REFERENCES in pictures and not suits.edits:
         told.append("this model edits no pictures: those of the recipe are left out")
     asked = Request(**known)
     for name, setting in settings_of(Request).items():

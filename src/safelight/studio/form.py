@@ -77,6 +77,9 @@ def field_of(setting: Setting, value: Any, suits: Suits) -> Any:
         about["info"] += "; one a line"
     if setting.kind in (str, tuple):
         return gr.Textbox(setting.text(value), max_length=MAX_PROMPT, **about)
+    if setting.several and suits.guides > 1:
+        about["info"] = f"{setting.description}; one number, or one for each, with commas"
+        return gr.Textbox(setting.text(value), max_lines=1, max_length=40, **about)
     if setting.optional:  # an empty gr.Number is 0 as soon as it is shown
         about["placeholder"] = setting.left_out
         return gr.Textbox(value, max_lines=1, max_length=20, **about)
@@ -176,11 +179,17 @@ class Form:
             )
             self.references = references()
         with gr.Accordion(open=False, elem_id="guide", **self.guiding(suits)) as self.guide:
+            several = suits.guides > 1
+            each = " Each ControlNet has a picture; one without is off." if several else ""
             gr.HTML(
                 "<p>Drop edges, a depth map or a pose, whichever the ControlNet reads. It holds "
-                "the composition to that picture.</p>"
+                f"the composition to that picture.{each}</p>"
             )
-            self.control = editor("control", "Control image")
+            names = (suits.controlnet or "").split(", ") if several else [""]
+            self.controls = [
+                editor(f"control-{i + 1}" if i else "control", f"Control image {name}".strip())
+                for i, name in enumerate(names)
+            ]
             made |= self._made(settings, [n for n in CONTROL if n in settings], first, suits)
         with gr.Accordion(
             open=False, elem_id="prompting", **self.prompting(suits)
@@ -198,7 +207,8 @@ class Form:
             *(made[setting.name] for setting in self._partly),
         ]
         """The parts that differ between models; see `looks`."""
-        self.enlarged, self.control_enlarged, self.prompt_enlarged = (gr.State(1) for _ in range(3))
+        self.enlarged, self.prompt_enlarged = gr.State(1), gr.State(1)
+        self.control_enlarged = [gr.State(1) for _ in self.controls]
         plain(*(one for one in self.fields if not isinstance(one, gr.State)))
         outputs = [self.seed, self.problem]
         self.die.click(_new_seed, self.problem, outputs, show_progress="hidden")
@@ -292,9 +302,14 @@ class Form:
             *self.further,
             self.references,
             *self.easel,
-            *self.control_easel,
+            *(part for easel in self.control_easels for part in easel),
             *self.prompt_easel,
         ]
+
+    @property
+    def editors(self) -> int:
+        """How many editors it has."""
+        return len(self.controls) + 2
 
     @property
     def easel(self) -> list[Any]:
@@ -302,9 +317,9 @@ class Form:
         return [self.picture, self.enlarged]
 
     @property
-    def control_easel(self) -> list[Any]:
-        """The editor of the control image, and how often it enlarges it."""
-        return [self.control, self.control_enlarged]
+    def control_easels(self) -> list[list[Any]]:
+        """Of each control image the editor, and how often it enlarges it."""
+        return [[*both] for both in zip(self.controls, self.control_enlarged, strict=True)]
 
     @property
     def prompt_easel(self) -> list[Any]:

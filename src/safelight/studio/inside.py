@@ -10,7 +10,7 @@ import gradio as gr
 
 from safelight.errors import SafelightError
 from safelight.request import MAX_PROMPT, Request
-from safelight.request_pictures import ALL
+from safelight.request_pictures import PICTURES
 from safelight.server.hub import Hub
 from safelight.server.store import new_id
 from safelight.server.wording import public
@@ -101,7 +101,7 @@ class Inside:
         None for the server's own. by: the page that asks.
         """
         try:
-            Request(prompt=prompt, **{k: v for k, v in settings.items() if k not in ALL})
+            Request(prompt=prompt, **{k: v for k, v in settings.items() if k not in PICTURES})
             served = self._hub.catalogue.served
             source = await asyncio.to_thread(lambda: served.source(served.find(model)))
         except SafelightError as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
@@ -16,12 +17,12 @@ from safelight.errors import SafelightError
 from safelight.picture import open_picture
 from safelight.request_basics import draw_seed
 from safelight.request_pictures import (
-    ALL,
-    PICTURES,
     REFERENCES,
     by_setting,
     digest_key,
-    stored_names,
+    inputs_in,
+    inputs_of,
+    setting_of,
 )
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
@@ -97,36 +98,37 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
         async def settle(
             settings: dict[str, Any],
             name: str,
-            image: Image.Image | None = None,
-            mask: Image.Image | None = None,
-            control: Image.Image | None = None,
-            prompting: Image.Image | None = None,
-            references: Sequence[Image.Image] = (),
+            stored: Mapping[str, Image.Image | None] = MappingProxyType({}),
         ) -> list[Any]:
             """Return updates that fill the form with a recipe, and say what cannot be used.
 
-            name: the model that is to draw.
+            name: the model that is to draw. stored: the recipe's pictures, by their inputs.
             """
             suits = await suits_of(hub, name)
             values, told = entries.shown(settings, suits)
-            guided = suits.guided and settings.get("control_image_sha256") is not None
-            if control is None and guided:
+            asked = inputs_in(settings)
+            lost = {setting_of(one) for one in asked if stored.get(one) is None}
+            guided = suits.guided and "control_image" in asked
+            if guided and "control_image" in lost:
                 told.insert(0, "the control image is not stored: add it below")
-            prompted = suits.prompted and settings.get("ip_adapter_image_sha256") is not None
-            if prompting is None and prompted:
+            prompted = suits.prompted and "ip_adapter_image" in asked
+            if prompted and "ip_adapter_image" in lost:
                 told.insert(0, "the picture of the prompt is not stored: add it below")
-            edited = suits.edits and bool(settings.get(digest_key(REFERENCES)))
-            if edited and not references:
+            edited = suits.edits and REFERENCES in asked
+            if edited and REFERENCES in lost:
                 told.insert(0, "the pictures to edit are not stored: add them below")
             # Of a picture to start from, AUTOMATIC1111's text has the strength alone.
-            started = any(settings.get(n) is not None for n in ("image_sha256", "strength"))
-            if image is None and started:
+            started = "image" in asked or settings.get("strength") is not None
+            if started and stored.get("image") is None:
                 told.insert(0, "the picture to start from is not stored: add it below")
             guide: dict[str, Any] = form.guiding(suits) | ({"open": True} if guided else {})
             shown: dict[str, Any] = form.prompting(suits) | ({"open": True} if prompted else {})
             edit: dict[str, Any] = form.editing(suits) | ({"open": True} if edited else {})
-            easels = *easel.on_easel(image, mask), *easel.on_easel(control)
-            easels = [*references] if edited else None, *easels, *easel.on_easel(prompting)
+            references = [*by_setting(stored).get(REFERENCES, ())] if edited else None
+            easels = [references, *easel.on_easel(stored.get("image"), stored.get("mask"))]
+            # A form has as many editors as the server has ControlNets.
+            for one in (*inputs_of("control_image")[: len(form.controls)], "ip_adapter_image"):
+                easels += easel.on_easel(stored.get(one))
             return [
                 gr.Tabs(selected="make"),
                 name,
@@ -153,17 +155,15 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
         async def recall(now: str, event: gr.EventData, by: gr.Request) -> list[Any]:
             """Fill the form with all settings of a picture, its model and what it started from."""
             job, picture = await _picture(hub, event, by)
-            found = {
+            start = {
                 name: await _stored(decoders, by, hub.files.input, job.id, name)
-                for name in (*PICTURES, *stored_names(job.settings))
+                for name in inputs_in(job.settings)
             }
-            start = [found[name] for name in PICTURES]
-            start.append(by_setting(found).get(REFERENCES, ()))
             try:
                 name = await hub.find_model(job.model)
-                return await settle(picture.recipe["settings"], name, *start)
+                return await settle(picture.recipe["settings"], name, start)
             except SafelightError as error:  # its model is not there any more
-                filled = await settle(picture.recipe["settings"], now, *start)
+                filled = await settle(picture.recipe["settings"], now, start)
                 filled[2] = f"{error}. {filled[2]}".strip()
                 return filled
 
@@ -210,14 +210,11 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             prompt = settings.pop("prompt", "")
             settings.pop("count", None)
             with tempfile.TemporaryDirectory() as folder:
-                paths = {
-                    name: await _stored(
-                        decoders, by, hub.files.input_path, job.id, name, Path(folder)
-                    )
-                    for name in stored_names(settings)
-                }
-                for name in ALL:
-                    settings.pop(digest_key(name), None)
+                paths: dict[str, Any] = {}
+                for name in inputs_in(settings):
+                    del settings[digest_key(name)]
+                    where = hub.files.input_path, job.id, name, Path(folder)
+                    paths[name] = await _stored(decoders, by, *where)
                 settings |= by_setting(paths)
                 async for update in inside.show(prompt, settings, job.model, by):
                     yield [gr.Tabs(selected="inside"), *update]
@@ -239,7 +236,7 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             shown.use(use, None, used, **quiet)
             edited = [tabs, form.edit, form.references]
             shown.edit(edit, form.references, edited, **quiet)
-            shown.guide(read_alone, None, [tabs, form.guide, *form.control_easel], **quiet)
+            shown.guide(read_alone, None, [tabs, form.guide, *form.control_easels[0]], **quiet)
             shown.prompt(read_alone, None, [tabs, form.prompted, *form.prompt_easel], **quiet)
             shown.inside(look, None, [tabs, *inside.outputs], concurrency_limit=None, **quiet)
         suited = [form.problem, inside.steps, *form.best, *form.adapted]
@@ -277,8 +274,10 @@ def _make(hub: Hub, model: Any, suits: Suits, decoders: Decoders) -> tuple[Form,
             given[seed_at] = str(draw_seed())
         try:
             suits = await suits_of(hub, model)
-            async with easel.turn(given, decoders, asker(by).name):
-                given = await easel.read_easels(given, decoders, asker(by).name, suits)
+            async with easel.turn(given, decoders, asker(by).name, form.editors):
+                given = await easel.read_easels(
+                    given, decoders, asker(by).name, suits, form.editors
+                )
                 request = await asyncio.to_thread(entries.request, *given, suits=suits)
                 owner = asker(by).owner
                 job = await hub.submit(request, client="studio", owner=owner, model=model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from safelight.hires import UPSCALER, steps_to_take
 from safelight.keywords import MaskContent
 from safelight.picture import opened
 from safelight.recipe import is_ip_adapter, parse_recipe_text, read_recipe
+from safelight.request_pictures import MAX_CONTROLS, MOST, digest_key, inputs_of
 from safelight.sampler_names import SPACINGS, sampler_and_schedule
 from safelight.sampling import SAMPLERS
 from safelight.server.caged import exif_comment
@@ -39,7 +41,7 @@ _SETTINGS = {
 }
 """Our settings, by AUTOMATIC1111's names of them."""
 
-_UNITS = ("ControlNet 0", "ControlNet 1")
+_UNITS = tuple(f"ControlNet {place}" for place in range(MAX_CONTROLS + 1))
 """The names of what the web UI's ControlNet extension writes of its first units."""
 
 _OF_UNIT = {"weight": "scale", "guidance start": "start", "guidance end": "end"}
@@ -100,8 +102,7 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
         found["emphasis"] = pairs["Emphasis"].lower().replace(" ", "-")
     if ours and found["prompt_syntax"] != "a1111":
         found |= _networks(found, pairs)
-    for unit in _UNITS:
-        found |= _guided(pairs[unit]) if unit in pairs else {}
+    found |= _guided([pairs[unit] for unit in _UNITS if unit in pairs])
     found |= _area(pairs, found)
     read = (*names, *_APART)
     if again:
@@ -156,17 +157,22 @@ def _times(pairs: dict[str, str], width: int, height: int) -> float:
     return scale
 
 
-def _guided(unit: str) -> dict[str, Any]:
-    """Return the settings of a unit. Its picture is not stored: "" stands for the digest."""
-    pairs = {
-        name.lower(): value for name, _, value in (p.partition(": ") for p in unit.split(", "))
-    }
-    prompts = is_ip_adapter(pairs.get("module", ""), pairs.get("model", ""))
-    kind = "ip_adapter" if prompts else "control"
-    found: dict[str, Any] = {f"{kind}_image_sha256": ""}
-    for name, end in _OF_UNIT.items():
-        with suppress(KeyError, ValueError):
-            found[f"{kind}_{end}"] = float(pairs[name])
+def _guided(units: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of units. Their pictures are not stored: "" stands for the digests."""
+    kinds: dict[str, list[dict[str, str]]] = {"control": [], "ip_adapter": []}
+    for unit in units:
+        parts = (part.partition(": ") for part in unit.split(", "))
+        pairs = {name.lower(): value for name, _, value in parts}
+        prompts = is_ip_adapter(pairs.get("module", ""), pairs.get("model", ""))
+        kinds["ip_adapter" if prompts else "control"].append(pairs)
+    found: dict[str, Any] = {}
+    for kind, given in kinds.items():
+        given = given[: MOST[f"{kind}_image"]]
+        found |= {digest_key(name): "" for name in inputs_of(f"{kind}_image")[: len(given)]}
+        for name, end in _OF_UNIT.items():
+            with suppress(KeyError, ValueError):
+                if values := [float(pairs[name]) for pairs in given]:
+                    found[f"{kind}_{end}"] = values if len(values) > 1 else values[0]
     return found
 
 

@@ -40,8 +40,8 @@ class Suits:
 
     defaults: its best settings (`defaults_of`). size: its own width and height. fixed_size: whether
     it draws no other size. reads: of the settings that only some models read, those that it reads;
-    None for all. controlnet, ip_adapter: the names of its ControlNet and its IP-Adapter, if it has
-    them. plan: from its headers.
+    None for all. controlnet, ip_adapter: the names of its ControlNets and its IP-Adapter, if it has
+    them. plan: from its headers. guides: how many pictures may guide it.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -52,6 +52,7 @@ class Suits:
     controlnet: str | None = None
     plan: Plan | None = None
     ip_adapter: str | None = None
+    guides: int = 1
 
     @classmethod
     def of(cls, names: Names, model: str | None, defaults: Mapping[str, Any]) -> Suits:
@@ -59,12 +60,13 @@ class Suits:
         try:
             plan = names.plan(model)
             family, size, refiner = plan.family, plan.native_size, names.refiner(model)
-            control, adapter = names.controlnet(model), names.ip_adapter(model)
+            control, adapter = names.controlnets(model), names.ip_adapter(model)
         except (OSError, SafelightError):  # the model is on another machine
             return cls(defaults)
-        reads = family.reads(refiner, control is not None, adapter is not None)
-        fixed = family.fixed_size
-        return cls(defaults, family.uses_prompt, size, fixed, reads, control, plan, adapter)
+        reads = family.reads(refiner, bool(control), adapter is not None)
+        more = {"controlnet": ", ".join(control) or None, "guides": max(1, len(control))}
+        more |= {"plan": plan, "ip_adapter": adapter}
+        return cls(defaults, family.uses_prompt, size, family.fixed_size, reads, **more)
 
     def first(self, request_type: type[Request] = Request, fast: int = 0) -> Request:
         """Return the request of the form's first values, at a level of `fast`."""

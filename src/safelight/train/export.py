@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from safelight.errors import SafelightError
-from safelight.families.base import NO_PART
+from safelight.families.part import NO_PART
 from safelight.nets.clip import CLIPTextModel
 from safelight.nets.tiny import AutoencoderTiny
 from safelight.nets.unet import UNet2DConditionModel

@@ -1,4 +1,4 @@
-"""Plan a ControlNet for a model, from headers and configs alone.
+"""Plan a ControlNet for a model, or a T2I-Adapter in its place, from headers and configs alone.
 
 It may be diffusers' folder of a ControlNetModel, or of a pipeline with one, or a single file with
 the original code's names or diffusers'. A single file has no config: it follows from the model's
@@ -8,14 +8,18 @@ UNet and from the file's keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from safelight.controls import CONTROLNETS
 from safelight.errors import SafelightError
-from safelight.families.base import Part
+from safelight.families.part import Part
+from safelight.request_pictures import each
+from safelight.weights import t2i_adapters
 from safelight.weights.check import Header, refusal
-from safelight.weights.find import Source
+from safelight.weights.find import Source, find_controlnet
 from safelight.weights.folder import Folder
 from safelight.weights.headers import plain_header_of
 from safelight.weights.names import Weight, from_folder, renamed, some, unet_names
@@ -26,23 +30,50 @@ PART = Part("safelight.nets.controlnet", "ControlNetModel", "ControlNetConfig")
 
 _PREFIX = "control_model."
 _HINT = "controlnet_cond_embedding."
+_INSIDE = {"controlnet": PART, "adapter": t2i_adapters.PART}
+"""What guides in a pipeline's folder, by the name of its own folder."""
+
 _FOREIGN = (
     ("difference", "the difference to a base model, which is not supported; give the whole one"),
     ("lora_controlnet", "a Control-LoRA, which is not supported"),
     ("task_embedding", "a ControlNet of many tasks (union), which is not supported"),
     ("control_add_embedding", "a ControlNet of many tasks (union), which is not supported"),
-    ("adapter.", "a T2I-Adapter, which is not supported"),
-    ("body.", "a T2I-Adapter, which is not supported"),
     ("ip_adapter.", "an IP-Adapter: give it with --ip-adapter"),
     ("image_proj.", "an IP-Adapter: give it with --ip-adapter"),
 )
 """The beginnings of keys in files of other kinds, and what those are."""
 
 
-def with_controlnet(plan: Plan, source: Source) -> Plan:
-    """Return the plan of a model with a ControlNet.
+def with_controlnets(
+    plan: Plan,
+    given: str | Path | Sequence[str | Path] | None,
+    models_dir: str | Path | None = None,
+    *,
+    download: bool,
+) -> Plan:
+    """Return the plan of a model with ControlNets, if any are named; see `with_controlnet`.
 
-    Raises SafelightError if it is malformed, is no ControlNet, or does not fit the model.
+    given: names of one or several, see `weights.find`. Raises SafelightError.
+    """
+    names = each(given)
+    if len(names) > len(CONTROLNETS):
+        raise SafelightError(f"{len(names)} ControlNets: at most {len(CONTROLNETS)} guide at once")
+    for use, name in zip(CONTROLNETS, names, strict=False):
+        source = find_controlnet(name, download=download, models_dir=models_dir)
+        plan = with_controlnet(plan, source, use)
+    found = [one for use, one in plan.additions.items() if use in CONTROLNETS]
+    if len({one.part.network for one in found}) > 1:
+        raise SafelightError(
+            "a ControlNet and a T2I-Adapter cannot guide together yet: give several of one kind",
+            field="control_image",
+        )
+    return plan
+
+
+def with_controlnet(plan: Plan, source: Source, use: str = CONTROLNETS[0]) -> Plan:
+    """Return the plan of a model with a ControlNet or a T2I-Adapter. use: one of CONTROLNETS.
+
+    Raises SafelightError if it is malformed, is neither, or does not fit the model.
     """
     if "vae" not in plan.configs:
         raise SafelightError(
@@ -56,31 +87,40 @@ def with_controlnet(plan: Plan, source: Source) -> Plan:
         )
     found = _folder_plan(source) if source.path.is_dir() else _file_plan(source, plan)
     check_depth(source, found.config.depth, len(found.weights))
-    _check_fit(found, plan)
-    return plan.with_additions({"controlnet": found}, [])
+    (t2i_adapters.check_fit if found.part is t2i_adapters.PART else _check_fit)(found, plan)
+    return plan.with_additions({use: found}, [])
 
 
 def _folder_plan(source: Source) -> Addition:
     path = source.path
     if (path / "model_index.json").is_file():
-        named = Folder(path, source.name).index.get("controlnet")
-        if named in (None, [None, None]):
+        index = Folder(path, source.name).index
+        inside = next((n for n in _INSIDE if index.get(n) not in (None, [None, None])), None)
+        if inside is None:
             raise refusal(source.name, f"a model without a ControlNet; a {PART.network} is needed")
-        if not isinstance(named, list) or named[-1] != PART.network:
-            raise refusal(source.name, "several ControlNets; one can guide: give the folder of one")
-        path = path / "controlnet"
+        named = index[inside]
+        if not isinstance(named, list) or named[-1] != _INSIDE[inside].network:
+            raise refusal(
+                source.name,
+                f"several {'ControlNets' if inside == 'controlnet' else 'T2I-Adapters'}: give its "
+                f"folders {inside}, {inside}_1 and so on, each with --controlnet",
+            )
+        path = path / inside
     folder = Folder(path, source.name, index="config.json")
     folder.flat = True
     kind = folder.index.get("_class_name")
-    if kind != PART.network:
+    part = next((one for one in _INSIDE.values() if one.network == kind), None)
+    if part is None:
         raise refusal(source.name, f"{kind!r:.40} is no ControlNet; {PART.network} is")
-    weights = from_folder(PART, folder.part_headers("controlnet", PART.stem))
-    config = read_config(source, PART, folder.index)
-    return Addition(source, PART, folder.index, config, weights, folder.files)
+    weights = from_folder(part, folder.part_headers("controlnet", part.stem))
+    config = read_config(source, part, folder.index)
+    return Addition(source, part, folder.index, config, weights, folder.files)
 
 
 def _file_plan(source: Source, model: Plan) -> Addition:
     header = plain_header_of(source.path, "a ControlNet")
+    if t2i_adapters.is_adapter(header.tensors):
+        return t2i_adapters.plan_file(source, header, model)
     for begins, told in _FOREIGN:
         if any(key.removeprefix(_PREFIX).startswith(begins) for key in header.tensors):
             raise refusal(source.name, f"this is {told}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safelight.errors import SafelightError
 from safelight.families import Part
-from safelight.families.base import NO_PART
+from safelight.families.part import NO_PART
 from safelight.fast.quantised import GGML
 from safelight.paths import expanded
 from safelight.sampling import SchedulerConfig

@@ -11,8 +11,8 @@ from safelight.fast import helps
 from safelight.machine import pick_device
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import budget, coded
-from safelight.weights.controlnets import with_controlnet
-from safelight.weights.find import Given, Source, find, find_controlnet, find_vae, parts_finder
+from safelight.weights.controlnets import with_controlnets
+from safelight.weights.find import Given, Source, find, find_vae, parts_finder
 from safelight.weights.frames import frame
 from safelight.weights.ip_adapters import with_image_prompts
 from safelight.weights.load import pick_dtype
@@ -44,7 +44,7 @@ def estimate(
     parts: Given | Sequence[Given] | None = None,
     vae: str | Path | None = None,
     refiner: str | Path | None = None,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     ip_adapter: str | Path | None = None,
     image_encoder: str | Path | None = None,
 ) -> Estimate:
@@ -57,9 +57,7 @@ def estimate(
     source = find(name, download=False, models_dir=models_dir)
     rest = parts_finder(parts, download=False, models_dir=models_dir)
     plan = with_autoencoders(read_plan(source, without=vaes, parts=rest), vaes)
-    if controlnet is not None:
-        extra = find_controlnet(controlnet, download=False, models_dir=models_dir)
-        plan = with_controlnet(plan, extra)
+    plan = with_controlnets(plan, controlnet, models_dir, download=False)
     plan = with_image_prompts(plan, ip_adapter, image_encoder, models_dir, download=False)
     precision = pick_dtype(dtype, where, plan.family.half)
     dtypes = {

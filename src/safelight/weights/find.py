@@ -18,13 +18,8 @@ from safelight.weights.hub import (
     parts_for,
 )
 from safelight.weights.hub_names import HubName, hub_name
-from safelight.weights.library import (
-    VARIABLE,
-    Library,
-    close_name,
-    is_tokenizer_folder,
-    open_library,
-)
+from safelight.weights.library import VARIABLE, Library, is_tokenizer_folder, open_library
+from safelight.weights.matching import close_name
 
 BUILT_IN = ("embedded", "embedded-fast", "embedded-unconditional")
 MODELS = Path(__file__).parent.parent / "models"

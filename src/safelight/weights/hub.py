@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
 from safelight.families import family_of_folder
-from safelight.families.base import tokenizer_of
+from safelight.families.part import tokenizer_of
 from safelight.weights.check import printable, read_json, refusal
 from safelight.weights.digest import digest_file
 from safelight.weights.folder import DIFFUSION, INDEX_LIMIT, choose_weights, shards_of

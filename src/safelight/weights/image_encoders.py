@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.families.base import Part
+from safelight.families.part import Part
 from safelight.weights.check import Header, read_json, refusal
 from safelight.weights.find import Source
 from safelight.weights.folder import Folder

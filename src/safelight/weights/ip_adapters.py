@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.errors import SafelightError
-from safelight.families.base import Part
+from safelight.families.part import Part
 from safelight.weights.check import Header, refusal
 from safelight.weights.find import Source, find_image_encoder, find_ip_adapter
 from safelight.weights.headers import plain_header_of

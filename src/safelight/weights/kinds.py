@@ -24,6 +24,7 @@ _BESIDE_VAE = re.compile(
 _CONTROLNET = (
     *("control_model.", "input_hint_block.", "controlnet_cond_embedding."),
     "lora_controlnet",  # a Control-LoRA, which loading refuses by its name
+    *("adapter.body.", "body.0."),  # a T2I-Adapter
 )
 IP_ADAPTER = ("image_proj.", "ip_adapter.")
 _IMAGE_ENCODER = ("vision_model.embeddings.", "visual.ln_pre.")

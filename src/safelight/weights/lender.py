@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safelight.families import Family, family_of_folder
-from safelight.families.base import encoder_of, tokenizer_of
+from safelight.families.part import encoder_of, tokenizer_of
 from safelight.weights.check import Header, printable, refusal
 from safelight.weights.encoder_files import kinds_of, place_encoders, read_encoders
 from safelight.weights.find import PartsFinder, Source

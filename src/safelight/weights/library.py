@@ -8,9 +8,8 @@ out of the folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from safelight.errors import SafelightError
@@ -20,6 +19,7 @@ from safelight.weights.check import printable
 from safelight.weights.digest import digest_file, known_digest, old_digest, tensors_digest
 from safelight.weights.headers import header_of
 from safelight.weights.kinds import holds_embedding, kind_of
+from safelight.weights.matching import close_name, last_part, stem
 
 VARIABLE = "SAFELIGHT_MODELS"
 """The environment variable that names the folder."""
@@ -30,7 +30,7 @@ SUBFOLDERS = {
     "embedding": ("embeddings",),
     "vae": ("vae", "vae-approx", "vae_approx"),
     "text_encoder": ("text_encoders", "text_encoder", "clip"),
-    "controlnet": ("controlnet",),
+    "controlnet": ("controlnet", "t2i_adapter"),
     "ip_adapter": ("ipadapter", "ip-adapter", "ip_adapter"),
     "image_encoder": ("clip_vision",),
     "upscaler": (
@@ -147,10 +147,10 @@ class Library:
         folded = name.casefold()
         readings: tuple[Callable[[Entry], bool], ...] = (
             lambda entry: name in (entry.name, entry.file_name, self._inside(entry)),
-            lambda entry: name in (_last(entry.name), _last(entry.file_name)),
+            lambda entry: name in (last_part(entry.name), last_part(entry.file_name)),
             lambda entry: folded in (entry.name.casefold(), entry.file_name.casefold()),
             lambda entry: (
-                folded in (_last(entry.name).casefold(), _last(entry.file_name).casefold())
+                folded in (last_part(entry.name).casefold(), last_part(entry.file_name).casefold())
             ),
             lambda entry: kind == "lora" and name == facts_of(entry.path).get("alias"),
         )
@@ -249,7 +249,7 @@ class Library:
                     # A file in the root is what its content says.
                     kind = "model" if path.is_dir() else facts_of(path).get("kind")
                     if kind is not None:
-                        found.append(Entry(kind, _stem(path), path))
+                        found.append(Entry(kind, stem(path), path))
                 elif path.is_symlink() and path.is_dir():
                     links.append(path)
             if len(found) > MAX_FILES:
@@ -264,17 +264,6 @@ def open_library(folder: str | Path | None = None) -> Library | None:
     """
     given = folder if folder is not None else os.environ.get(VARIABLE) or None
     return None if given is None else Library(given)
-
-
-def close_name(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is closest to a mistyped one, None if none is close.
-
-    Folders before a name, endings and case are passed over.
-    """
-    plain = {_stem(Path(_last(one))).casefold(): one for one in known}
-    # Only a name is compared, as the time grows with its square.
-    near = get_close_matches(_stem(Path(_last(name[-200:]))).casefold(), plain, 1, 0.7)
-    return plain[near[0]] if near else None
 
 
 def is_model_folder(path: Path) -> bool:
@@ -338,7 +327,7 @@ def _walk(home: Path, kind: str, links: list[Path]) -> Iterator[Entry]:
             if kind == "lora" and folder != home and path.name in IN_FOLDER and path.is_file():
                 yield Entry(kind, folder.relative_to(home).as_posix(), path)
             elif whole or _is_file(path, kind) or (kind == "embedding" and _is_picture(path)):
-                name = (path.relative_to(home).parent / _stem(path)).as_posix()
+                name = (path.relative_to(home).parent / stem(path)).as_posix()
                 yield Entry(_kind_in(kind, path), name, path)
             elif path.is_dir() and path.is_symlink():
                 links.append(path)
@@ -373,14 +362,6 @@ def _is_picture(path: Path) -> bool:
     """Return whether it is a PNG that holds an embedding, and no preview of one."""
     is_png = path.suffix.lower() == PICTURE and path.is_file()
     return is_png and facts_of(path).get("kind") == "embedding"
-
-
-def _stem(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 def _remembered_hash(entry: Entry) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from safelight.controls import CONTROLNETS
 from safelight.errors import SafelightError
 from safelight.fast import (
     accelerate,
@@ -29,13 +30,12 @@ from safelight.prompt.tokenizer import Tokenizer
 from safelight.weights.autoencoders import with_autoencoders
 from safelight.weights.budget import TOLD_FROM, check_memory, coded
 from safelight.weights.check import Header, refusal
-from safelight.weights.controlnets import with_controlnet
+from safelight.weights.controlnets import with_controlnets
 from safelight.weights.digest import FileDigest, HashedFile, digest_files, model_digest
 from safelight.weights.find import (
     Given,
     Source,
     find,
-    find_controlnet,
     find_previews,
     find_vae,
     parts_finder,
@@ -70,7 +70,7 @@ def load_model(
     vae: str | Path | None = None,
     preview_vae: str | Path | None = None,
     refiner: str | Path | None = None,
-    controlnet: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     ip_adapter: str | Path | None = None,
     image_encoder: str | Path | None = None,
     takes_paths: bool = True,
@@ -103,7 +103,7 @@ def load_model(
       model's folder as preview_vae/.
     refiner: a model that takes over for the last steps, as SDXL's refiner does.
     controlnet: a network through which a request's `control_image` guides the model: a folder, a
-      file, a name in the models folder or a hub id.
+      file, a name in the models folder or a hub id; or a list of several, each with a picture.
     ip_adapter: a network through which a request's `ip_adapter_image` is a prompt: a file, a name
       in the models folder, or the place of a file in a repository, "org/name/models/file".
     image_encoder: the network that it reads pictures with: a folder, a file, a name in the models
@@ -131,9 +131,7 @@ def load_model(
         vaes["preview_vae"] = own
     rest = parts_finder(parts, download=download, models_dir=models_dir)
     plan = with_autoencoders(read_plan(source, prediction_type, without=vaes, parts=rest), vaes)
-    if controlnet is not None:
-        found = find_controlnet(controlnet, download=download, models_dir=models_dir)
-        plan = with_controlnet(plan, found)
+    plan = with_controlnets(plan, controlnet, models_dir, download=download)
     plan = with_image_prompts(plan, ip_adapter, image_encoder, models_dir, download=download)
     precision = pick_dtype(dtype, where, plan.family.half)
     # Headers and configs are checked first, because hashing or reading a large file takes long.
@@ -194,9 +192,9 @@ def load_model(
         prediction_type=prediction_type,
         refiner=second,
         takes_paths=takes_paths,
-        other_parts=_parts_record(plan, digests),
+        other_parts=_records(plan, plan.lender_uses, digests),
         other_vae=_record(plan, "vae", digests),
-        control=_record(plan, "controlnet", digests),
+        control=_records(plan, CONTROLNETS, digests),
         image_prompts={
             use: found
             for use in ("ip_adapter", "image_encoder")
@@ -216,11 +214,11 @@ def _record(
     return {"name": plan.source_of(use).name, "sha256": model_digest(digests[use])}
 
 
-def _parts_record(
-    plan: Plan, digests: Mapping[str, dict[str, FileDigest]]
+def _records(
+    plan: Plan, uses: Iterable[str], digests: Mapping[str, dict[str, FileDigest]]
 ) -> dict[str, str] | list[dict[str, str]] | None:
-    """Return name and digest of what lent the model something; a list if several did."""
-    found = [record for use in plan.lender_uses if (record := _record(plan, use, digests))]
+    """Return name and digest of what is there for some uses; a list if that are several."""
+    found = [record for use in uses if (record := _record(plan, use, digests))]
     if len(found) > 1:
         return found
     return found[0] if found else None

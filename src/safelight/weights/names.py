@@ -17,7 +17,7 @@ from safelight.weights.check import Header, refusal
 from safelight.weights.scales import read_scales
 
 if TYPE_CHECKING:
-    from safelight.families.base import Part
+    from safelight.families.part import Part
 
 _RESNET = {
     "in_layers.0": "norm1",

@@ -10,8 +10,8 @@ from typing import Any
 
 from safelight.errors import SafelightError
 from safelight.families import Family, Part, family_of_file, family_of_folder
-from safelight.families.base import encoder_of
 from safelight.families.flow import FlowFamily
+from safelight.families.part import encoder_of
 from safelight.sampling import SchedulerConfig
 from safelight.sizes import MAX_SIDE, MIN_SIDE, SIDE_STEP
 from safelight.weights.check import Header, printable, refusal

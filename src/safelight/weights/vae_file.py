@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safelight.families.base import Part
 from safelight.families.flow_files import KLEIN_4B
 from safelight.families.flux2 import FLUX2_VAE_PART
 from safelight.families.latent import TINY_PART, VAE_CONFIG, VAE_PART
+from safelight.families.part import Part
 from safelight.families.qwenimage import QWEN_VAE_PART
 from safelight.families.qwenimage_files import QWEN_IMAGE
 from safelight.weights.check import Header, refusal

@@ -29,6 +29,7 @@ from safelight.errors import SafelightError
 from safelight.hires import final_size
 from safelight.recipe import read_recipe, recipe_text
 from safelight.request import Request
+from safelight.request_pictures import REFERENCES, by_input
 from safelight.server.apis.openai_shapes import (
     DALL_E,
     ApiError,
@@ -44,7 +45,7 @@ from safelight.server.apis.openai_shapes import (
     read_settings,
     refused,
 )
-from safelight.server.bodies import decoded, decoded_references, read_json, turn
+from safelight.server.bodies import decoded, decoded_pictures, read_json, turn
 from safelight.server.callers import caller_of, hub_of
 from safelight.server.disconnects import attended
 from safelight.server.hub import Hub
@@ -272,7 +273,8 @@ async def edit(http: HttpRequest) -> Response:
             picture, alpha = await decoded(http, "with_alpha", first, "image")
             pictures = [picture]
             del picture
-        pictures += await decoded_references(http, others, "image")
+        more = await decoded_pictures(http, by_input({REFERENCES: others}), "image")
+        pictures += more.pop(REFERENCES, ())
         how = {"separate": separate, "family": family}
         request = await asyncio.to_thread(partial(edit_request, **how), settings, pictures, alpha)
         pictures.clear()

@@ -18,7 +18,7 @@ from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.picture import encode
 from safelight.request import Request
-from safelight.request_pictures import ALL, MAX_REFERENCES
+from safelight.request_pictures import MAX_REFERENCES, PICTURES
 from safelight.server.caged import MAX_JSON
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
@@ -88,7 +88,7 @@ _THEIRS = {"width": "size", "height": "size", "count": "n"}
 
 def own_settings(request_type: type[Request]) -> dict[str, Setting]:
     """Return the settings of a Request that a body may have as further fields."""
-    left_out = {"prompt", *ALL, *CONTROL, *IP_ADAPTER, "unconditional", *_THEIRS}
+    left_out = {"prompt", *PICTURES, *CONTROL, *IP_ADAPTER, "unconditional", *_THEIRS}
     return {n: s for n, s in settings_of(request_type).items() if n not in left_out}
 
 

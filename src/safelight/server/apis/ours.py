@@ -15,14 +15,13 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from safelight.errors import SafelightError
 from safelight.request import Request
-from safelight.request_pictures import ALL, REFERENCES, changed
+from safelight.request_pictures import PICTURES
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.bodies import (
     check_json,
-    decode_base64,
-    decoded,
-    decoded_references,
+    decoded_pictures,
+    pictures_sent,
     read_json,
     turn,
 )
@@ -113,20 +112,12 @@ async def submit(
     webhook = settings.pop("webhook", None)
     if webhook is not None:
         webhook = check_url(webhook, private=hub_of(request).webhooks.private)
-    async with turn(request) if any(name in settings for name in ALL) else nullcontext():
-        sent = changed(settings, lambda name, text: [decode_base64(text, name)])
-        given = {name: value for name, value in settings.items() if name not in ALL}
+    async with turn(request) if any(name in settings for name in PICTURES) else nullcontext():
+        sent = pictures_sent(settings)
+        given = {name: value for name, value in settings.items() if name not in PICTURES}
         del settings  # the pictures' texts
         asked = await asyncio.to_thread(lambda: Request(**given))
-        pictures = dict[str, Any]()
-        for name in reversed(sent):  # the mask before the image, as it is smaller
-            kind = "mask" if name == "mask" else "picture"
-            several = name == REFERENCES
-            pictures[name] = (
-                await decoded_references(request, sent[name])
-                if several
-                else await decoded(request, kind, sent[name], name)
-            )
+        pictures = await decoded_pictures(request, sent)
         asked = asked.with_pictures(**pictures)
         pictures.clear()
         return await hub_of(request).submit(

@@ -16,12 +16,14 @@ from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
+from PIL import Image
 from starlette.exceptions import HTTPException
 
 from safelight.hires import infotext
 from safelight.recipe import first_size, recipe_text
+from safelight.request_pictures import REFERENCES
 from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
-from safelight.server.apis.sdapi_control import units_of
+from safelight.server.apis.sdapi_control import Unit, guided, units_of
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_hires import with_known_upscaler
 from safelight.server.apis.sdapi_models import model_of
@@ -33,7 +35,7 @@ from safelight.server.apis.sdapi_shapes import (
     references_of,
     understand,
 )
-from safelight.server.bodies import decode_base64, decoded, decoded_references, turn
+from safelight.server.bodies import decode_base64, decoded, decoded_pictures, turn
 from safelight.server.callers import caller_of, hub_of
 from safelight.server.disconnects import attended
 from safelight.server.hub import Hub
@@ -113,10 +115,8 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
     name, warnings = await model_of(http, body)
     plan = await hub.plan(name)
     asked = await asyncio.to_thread(understand, body, plan)
-    there = [
-        await asyncio.to_thread(of, name) for of in (hub.names.controlnet, hub.names.ip_adapter)
-    ]
-    units, more = units_of(body, *there)
+    nets = await asyncio.to_thread(hub.names.controlnets, name)
+    units, more = units_of(body, nets, await asyncio.to_thread(hub.names.ip_adapter, name))
     warnings += more
     if isinstance(body, ImageToImage):
         first_picture(body)
@@ -131,15 +131,18 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
         meant = await hub.find_model(name)
         asked = await asyncio.to_thread(fitted, asked, meant, native)
         asked = await asyncio.to_thread(with_known_upscaler, asked, hub.names)
-        for unit in units:
-            picture = None
-            if unit.picture:
-                data = [decode_base64(unit.picture, "controlnet")]
-                picture = await decoded(http, "picture", data, "controlnet", "controlnet's picture")
-            guided = await asyncio.to_thread(unit.guided, asked.request, picture, native)
-            asked = replace(asked, request=guided)
+        if units:
+            given: list[tuple[Unit, Image.Image]] = []
+            for unit in units:  # one after the other: each takes less memory at its size
+                picture = await _picture_of(http, unit)
+                picture = await asyncio.to_thread(unit.fitted, asked.request, picture, native)
+                given.append((unit, picture))
+            request = guided(given, asked.request, native, len(nets))
+            asked = replace(asked, request=request)
+            del given
         if referred:
-            several = asked.request.reference_images + await decoded_references(http, referred)
+            several = (await decoded_pictures(http, referred))[REFERENCES]
+            several = asked.request.reference_images + several
             asked = replace(asked, request=asked.request.with_pictures(reference_images=several))
             del several
         owner = caller_of(http.scope).owner
@@ -225,6 +228,14 @@ def _told(
     silent = {"width", "height", "steps", "cfg_scale"} - body.model_fields_set
     parameters = asked.parameters | {name: info[name] for name in silent}
     return {"parameters": parameters, "info": json.dumps(info)}
+
+
+async def _picture_of(http: HttpRequest, unit: Unit) -> Image.Image | None:
+    """Return the picture of a unit of the ControlNet extension, decoded; None without one."""
+    if not unit.picture:
+        return None
+    data = [decode_base64(unit.picture, "controlnet")]
+    return await decoded(http, "picture", data, "controlnet", "controlnet's picture")
 
 
 async def _sent(http: HttpRequest, body: ImageToImage) -> Sent:

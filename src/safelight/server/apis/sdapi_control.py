@@ -1,12 +1,12 @@
 """The web UI's ControlNet extension: what a body asks of it, and the routes that clients look at.
 
-The server has one ControlNet or none, and no preprocessors: pictures are edges, depth or poses. The
-extension draws with IP-Adapters, too, of which the server has one or none.
+The server has a few ControlNets or none, and no preprocessors: pictures are edges, depth or poses.
+The extension draws with IP-Adapters, too, of which the server has one or none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,10 +18,12 @@ from safelight.errors import SafelightError
 from safelight.hires import final_size
 from safelight.recipe import IP_ADAPTER_MODULE, is_ip_adapter
 from safelight.request import Request
+from safelight.request_pictures import changed
 from safelight.server.apis.sdapi_bodies import DrawBody, ImageToImage, plain_number
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.callers import hub_of
-from safelight.settings import shown
+from safelight.server.names import Names
+from safelight.settings import settings_of, shown
 from safelight.sizes import size_of
 
 router = APIRouter(prefix="/controlnet", route_class=Route, tags=["AUTOMATIC1111"])
@@ -39,6 +41,9 @@ _RESIZE: dict[object, Callable[..., Image.Image]] = {
 """The functions for the extension's modes, by number and by name, also of earlier versions."""
 
 _PICTURES = ("image", "input_image")
+_OFF = {"control_scale": 0.0}
+"""The settings of a ControlNet that no unit is for."""
+
 _BALANCED = (None, 0, "Balanced")
 
 
@@ -47,36 +52,36 @@ class Unit:
     """A unit of the extension.
 
     picture: in base64; empty if the picture to start from guides. settings: by our names. resize:
-    brings the picture to a size; None if it is a prompt, for an IP-Adapter.
+    brings the picture to a size; None if it is a prompt, for an IP-Adapter. place: of a ControlNet,
+    which of the server's it is for.
     """
 
     picture: str
     settings: dict[str, Any]
     resize: Callable[..., Image.Image] | None
+    place: int = 0
 
-    def guided(
+    def fitted(
         self, request: Request, picture: Image.Image | None, native: tuple[int, int]
-    ) -> Request:
-        """Return the request with the unit's picture. native: the model's width and height.
+    ) -> Image.Image:
+        """Return the unit's picture, at the size at which it guides a request.
 
-        picture: None if the one to start from guides. Raises SafelightError for one too narrow.
+        picture: None if the one to start from guides. native: the model's width and height. Raises
+        SafelightError for a picture that is too narrow.
         """
+        start = request.image
+        picture = picture or start
+        assert picture is not None
         if self.resize is None:
-            given = picture or request.image
-            return request.replace(**self.settings).with_pictures(ip_adapter_image=given)
-        start, sides = request.image, dict[str, int]()
+            return picture
         if start is None:
-            size = request.width or native[0], request.height or native[1]
-            sides = {"width": size[0], "height": size[1]}
             # The second pass is guided by the picture at its size.
-            size = final_size(request.replace(**sides), native)
+            size = final_size(request.replace(**_sides(request, native)), native)
         else:
             # Of a request that is cropped, width and height are those of the part that is drawn.
             size = start.size
             if not request.is_cropped:
                 size = size_of(size, request.width, request.height)
-        picture = picture or start
-        assert picture is not None
         if picture.size != size:
             scale = min(size[0] / picture.width, size[1] / picture.height)
             if self.resize is ImageOps.pad and min(picture.size) * scale < 1:
@@ -85,19 +90,53 @@ class Unit:
                     f"be brought to {size[0]}x{size[1]}: crop it first"
                 )
             picture = self.resize(picture, size, Image.Resampling.LANCZOS)
-        return request.replace(**self.settings, **sides).with_pictures(control_image=picture)
+        return picture
+
+
+def _sides(request: Request, native: tuple[int, int]) -> dict[str, int]:
+    """Return width and height of a request without a picture to start from, by these names."""
+    return {"width": request.width or native[0], "height": request.height or native[1]}
+
+
+def guided(
+    units: Sequence[tuple[Unit, Image.Image]],
+    request: Request,
+    native: tuple[int, int],
+    count: int,
+) -> Request:
+    """Return a request with the pictures and the settings of units.
+
+    units: each with its `fitted` picture. native: the model's width and height. count: how many
+    ControlNets it has. One without a unit has scale 0, and the picture of another.
+    """
+    prompts = [(unit, picture) for unit, picture in units if unit.resize is None]
+    guides = {unit.place: (unit, picture) for unit, picture in units if unit.resize is not None}
+    if guides:
+        settings = [guides[i][0].settings if i in guides else _OFF for i in range(count)]
+        found: dict[str, Any] = {
+            name: [one.get(name, default) for one in settings]
+            for name, default in (("control_scale", 1.0), ("control_start", 0), ("control_end", 1))
+        }
+        _, other = next(iter(guides.values()))
+        pictures = [guides[i][1] if i in guides else other for i in range(count)]
+        found |= _sides(request, native) if request.image is None else {}
+        request = request.replace(**found)
+        request = request.with_pictures(**changed({"control_image": pictures}, lambda _, one: one))
+    for unit, picture in prompts:
+        request = request.replace(**unit.settings).with_pictures(ip_adapter_image=picture)
+    return request
 
 
 def units_of(
-    body: DrawBody, controlnet: str | None, ip_adapter: str | None
+    body: DrawBody, controlnets: Sequence[str], ip_adapter: str | None
 ) -> tuple[list[Unit], list[str]]:
-    """Return the units that a body asks for, at most one of each kind, and warnings.
+    """Return the units that a body asks for, at most one for each of ours, and warnings.
 
-    controlnet, ip_adapter: the names of ours. Raises SafelightError as `unit_of` does.
+    controlnets, ip_adapter: the names of ours. Raises SafelightError as `guiding_units` does.
     """
-    guiding, warnings = unit_of(body, controlnet, ip_adapter)
+    guiding, warnings = guiding_units(body, controlnets, ip_adapter)
     prompting, more = ip_adapter_unit_of(body, ip_adapter)
-    return [one for one in (guiding, prompting) if one is not None], warnings + more
+    return [*guiding, *([] if prompting is None else [prompting])], warnings + more
 
 
 def ip_adapter_unit_of(body: DrawBody, there: str | None) -> tuple[Unit | None, list[str]]:
@@ -134,42 +173,71 @@ def _prompts(unit: Any, there: str | None) -> bool:
     return ours or is_ip_adapter(module, model)
 
 
-def unit_of(
-    body: DrawBody, there: str | None, ip_adapter: str | None = None
-) -> tuple[Unit | None, list[str]]:
-    """Return the unit of a body that is for a ControlNet, and warnings.
+def guiding_units(
+    body: DrawBody, there: Sequence[str], ip_adapter: str | None = None
+) -> tuple[list[Unit], list[str]]:
+    """Return the units of a body that are for ControlNets, and warnings.
 
-    there, ip_adapter: the names of our ControlNet and of our IP-Adapter, whose units are left out.
-    In img2img the picture to start from guides if the unit has none. Raises SafelightError for a
-    preprocessor or a ControlNet that is not here, or a value that is none of the extension's.
+    there, ip_adapter: the names of our ControlNets and of our IP-Adapter, whose units are left out.
+    A unit that names none of ours takes the first that no other unit has. In img2img the picture to
+    start from guides if a unit has none. Raises SafelightError for a preprocessor or a ControlNet
+    that is not here, or a value that is none of the extension's.
     """
     given = [
         u for u in _units(body.alwayson_scripts) if _enabled(u) and not _prompts(u, ip_adapter)
     ]
     starts = isinstance(body, ImageToImage)
     units = [unit for unit in given if _picture(unit) or (starts and isinstance(unit, dict))]
-    if given and there is None:
-        return None, ["alwayson_scripts: ControlNet needs a server with --controlnet"]
-    if not units or there is None:
-        return None, ["alwayson_scripts: ControlNet has a unit without a picture"] if given else []
-    unit, warnings = units[0], list[str]()
-    if len(units) > 1:
-        warnings.append(f"controlnet: the first of {len(units)} units guides, the others do not")
-    if unit.get("control_mode") not in _BALANCED:
-        warnings.append("controlnet: control_mode is Balanced here")
-    module = str(unit.get("module") or "none")
-    if module.casefold() != "none":
-        raise SafelightError(
-            f"controlnet: there is no preprocessor {module!r:.40} here: send its result, such as "
-            'the edges themselves, with the module "none"'
+    if given and not there:
+        return [], ["alwayson_scripts: ControlNet needs a server with --controlnet"]
+    if not units:
+        return [], ["alwayson_scripts: ControlNet has a unit without a picture"] if given else []
+    warnings = list[str]()
+    places, left = _places(units, there)
+    if left:
+        warnings.append(
+            f"controlnet: {len(places)} of {len(units)} units guide, one for each ControlNet here"
         )
-    asked = str(unit.get("model") or there).partition(" [")[0]
-    if asked.casefold() not in ("none", "auto", there.casefold()):
-        raise SafelightError(f"controlnet: there is no model {asked!r:.60}, only {there!r:.60}")
-    picture, resize = _picture(unit), _resize(unit.get("resize_mode"))
-    return Unit(
-        picture, _settings(unit, "control"), resize if picture else Image.Image.resize
-    ), warnings
+    found: list[Unit] = []
+    for unit, place in places:
+        if unit.get("control_mode") not in _BALANCED:
+            warnings.append("controlnet: control_mode is Balanced here")
+        module = str(unit.get("module") or "none")
+        if module.casefold() != "none":
+            raise SafelightError(
+                f"controlnet: there is no preprocessor {module!r:.40} here: send its result, such "
+                'as the edges themselves, with the module "none"'
+            )
+        picture, resize = _picture(unit), _resize(unit.get("resize_mode"))
+        resize = resize if picture else Image.Image.resize
+        found.append(Unit(picture, _settings(unit, "control"), resize, place))
+    return found, [*dict.fromkeys(warnings)]
+
+
+def _places(
+    units: Sequence[dict[str, Any]], there: Sequence[str]
+) -> tuple[list[tuple[dict[str, Any], int]], int]:
+    """Return units with the places of their ControlNets among ours, and how many are left over.
+
+    there: the names of ours. Raises SafelightError for a name that is none of them.
+    """
+    free = list(range(len(there)))
+    names = [str(unit.get("model") or "none").partition(" [")[0].casefold() for unit in units]
+    known = [name.casefold() for name in there]
+    taken: dict[int, int] = {}
+    for i, name in enumerate(names):
+        if name in ("none", "auto"):
+            continue
+        if name not in known:
+            asked, ours = str(units[i]["model"]).partition(" [")[0], ", ".join(map(repr, there))
+            raise SafelightError(f"controlnet: there is no model {asked!r:.60}, only {ours:.200}")
+        if (place := next((p for p in free if known[p] == name), None)) is not None:
+            free.remove(place)
+            taken[i] = place
+    for i, name in enumerate(names):
+        if name in ("none", "auto") and free:
+            taken[i] = free.pop(0)
+    return [(units[i], place) for i, place in sorted(taken.items())], len(units) - len(taken)
 
 
 def _settings(unit: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -177,6 +245,9 @@ def _settings(unit: dict[str, Any], kind: str) -> dict[str, Any]:
 
     kind: how our names begin.
     """
+    for name in _FIELDS:
+        if isinstance(unit.get(name), list):
+            raise SafelightError(f"controlnet: {name} must be a number, not a list")
     given = {f"{kind}_{end}": unit.get(name) for name, end in _FIELDS.items()}
     found: dict[str, Any] = {
         ours: plain_number(value) for ours, value in given.items() if value is not None
@@ -186,7 +257,9 @@ def _settings(unit: dict[str, Any], kind: str) -> dict[str, Any]:
     except SafelightError as error:
         told = str(error)
         for name, end in _FIELDS.items():
-            told = told.replace(f"{kind}_{end}", name)
+            setting = settings_of(Request)[f"{kind}_{end}"]
+            told = told.replace(setting.accepts, setting.accepts_one)  # a unit has one of each
+            told = told.replace(setting.name, name)
         raise SafelightError(f"controlnet: {told}") from None
     return found
 
@@ -246,9 +319,8 @@ async def version() -> dict[str, int]:
 
 @router.get("/model_list")
 async def model_list(http: HttpRequest) -> dict[str, list[str]]:
-    """List the server's ControlNet and its IP-Adapter."""
-    names = hub_of(http).names
-    return {"model_list": [n for n in (names.controlnet(), names.ip_adapter()) if n is not None]}
+    """List the server's ControlNets and its IP-Adapter."""
+    return {"model_list": _models(hub_of(http).names)}
 
 
 @router.get("/module_list")
@@ -261,6 +333,9 @@ async def module_list(http: HttpRequest) -> dict[str, Any]:
 @router.get("/settings")
 async def settings(http: HttpRequest) -> dict[str, int]:
     """Return how many units a request may have."""
-    names = hub_of(http).names
-    there = [one for one in (names.controlnet(), names.ip_adapter()) if one is not None]
-    return {"control_net_unit_count": max(1, len(there))}
+    return {"control_net_unit_count": max(1, len(_models(hub_of(http).names)))}
+
+
+def _models(names: Names) -> list[str]:
+    adapter = names.ip_adapter()
+    return [*names.controlnets(), *([] if adapter is None else [adapter])]

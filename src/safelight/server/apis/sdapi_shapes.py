@@ -20,7 +20,7 @@ from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.recipe import parse_recipe_text
 from safelight.request import Request
-from safelight.request_pictures import REFERENCES, changed
+from safelight.request_pictures import REFERENCES
 from safelight.sampling import SAMPLERS
 from safelight.sampling.schedule import SCHEDULES
 from safelight.server.apis.sdapi_bodies import (
@@ -41,7 +41,7 @@ from safelight.server.apis.sdapi_names import (
     sampler_label,
     scheduler_label,
 )
-from safelight.server.bodies import attached, decode_base64
+from safelight.server.bodies import attached, pictures_sent
 from safelight.server.sizes import enlarging_note, fit_to_model
 from safelight.settings import settings_of
 from safelight.sizes import MIN_SIDE, SIDE_STEP, allowed_size
@@ -291,10 +291,9 @@ def first_picture(body: ImageToImage) -> str:
     return body.init_images[0]
 
 
-def references_of(body: TextToImage | ImageToImage) -> list[list[bytes]]:
-    """Return the further field reference_images of a body, each picture's bytes in a list."""
-    given = {name: v for name, v in (body.model_extra or {}).items() if name == REFERENCES and v}
-    return list(changed(given, lambda name, text: [decode_base64(text, name)]).get(REFERENCES, ()))
+def references_of(body: TextToImage | ImageToImage) -> dict[str, list[bytes]]:
+    """Return the pictures of the further field reference_images of a body, as `pictures_sent`."""
+    return pictures_sent({REFERENCES: (body.model_extra or {}).get(REFERENCES) or None})
 
 
 def _pictures(body: ImageToImage, request: Request, sent: Sent) -> tuple[dict[str, Any], list[str]]:

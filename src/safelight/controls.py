@@ -1,0 +1,83 @@
+"""What guides a request by pictures: how much each of them does, and through which network.
+
+A request has one value of a setting as it is, and several as a tuple: one for each picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safelight.errors import SafelightError
+from safelight.families.control import CONTROL
+from safelight.request_pictures import MAX_CONTROLS, each
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from safelight.request import Request
+
+_NUMBERS = CONTROL[1:]
+
+CONTROLNETS = ("controlnet", *(f"controlnet_{place}" for place in range(2, MAX_CONTROLS + 1)))
+"""The names of a model's ControlNets among its parts, in the order of the pictures."""
+
+
+@dataclass(frozen=True)
+class Guide:
+    """How much one picture guides. start, end: the shares of the steps between which it does."""
+
+    scale: float
+    start: float
+    end: float
+
+    def at(self, row: int, rows: int) -> bool:
+        """Return whether it guides a row: as in diffusers, if all of the row is in bounds."""
+        return self.scale != 0 and in_bounds(self.start, self.end, row, rows)
+
+
+def in_bounds(start: float, end: float, row: int, rows: int) -> bool:
+    """Return whether all of a row lies between two shares of the rows."""
+    return start <= row / rows and (row + 1) / rows <= end
+
+
+def control_images(request: Request) -> tuple[Image, ...]:
+    """Return the pictures that guide, one for each ControlNet."""
+    return each(request.control_image)
+
+
+def guides_of(settings: Mapping[str, Any], count: int) -> list[Guide]:
+    """Return how much each picture guides; one value of a setting holds for all pictures.
+
+    settings: of a request, by name. count: how many pictures there are.
+    """
+    columns = [each(settings[name]) for name in _NUMBERS]
+    columns = [column * count if len(column) == 1 else column for column in columns]
+    return [Guide(*numbers) for numbers in zip(*columns, strict=True)]
+
+
+def guides(request: Request) -> Iterator[tuple[Image, Guide]]:
+    """Yield each picture that guides, and how much it does."""
+    pictures = control_images(request)
+    settings = {name: getattr(request, name) for name in _NUMBERS}
+    yield from zip(pictures, guides_of(settings, len(pictures)), strict=True)
+
+
+def check_control(request: Request) -> None:
+    """Raise SafelightError if the settings of the pictures that guide do not fit one another."""
+    numbers = {name: each(getattr(request, name)) for name in _NUMBERS}
+    count = len(control_images(request)) or max(map(len, numbers.values()))
+    for name, given in numbers.items():
+        if len(given) not in (1, count):
+            raise SafelightError(
+                f"{name} has {len(given)} values, and control_image is {count} "
+                f"picture{'s' * (count > 1)}: give one for each picture, or one for all",
+                field=name,
+            )
+    for guide in guides_of(numbers, count):
+        if guide.start > guide.end:
+            raise SafelightError(
+                f"control_end must be at least control_start, {guide.start}, not {guide.end}",
+                field="control_end",
+            )
