@@ -280,7 +280,7 @@ INDEX = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2D
         ({**INDEX, "unet": ["diffusers", "SomethingElse"]}, "expected UNet2DConditionModel"),
         ({**INDEX, "unet": []}, "expected UNet2DConditionModel"),
         ({**INDEX, "unet": ["os", ["system"]]}, "expected UNet2DConditionModel"),
-        ({**INDEX, "adapter": ["diffusers", "T2IAdapter"]}, "'adapter'"),
+        ({**INDEX, "prior": ["diffusers", "PriorTransformer"]}, "'prior'"),
         ({**INDEX, "../../etc": ["diffusers", "UNet2DConditionModel"]}, "'../../etc'"),
         ({**INDEX, "/etc": ["diffusers", "UNet2DConditionModel"]}, "'/etc'"),
         ({**INDEX, "x" * 500: ["a", "b"]}, "is not supported"),

@@ -59,20 +59,23 @@ def guides_of(settings: Mapping[str, Any], count: int) -> list[Guide]:
 
 def guides(request: Request) -> Iterator[tuple[Image, Guide]]:
     """Yield each picture that guides, and how much it does."""
-    pictures = control_images(request)
-    settings = {name: getattr(request, name) for name in _NUMBERS}
-    yield from zip(pictures, guides_of(settings, len(pictures)), strict=True)
+    if pictures := control_images(request):
+        settings = {name: getattr(request, name) for name in _NUMBERS}
+        yield from zip(pictures, guides_of(settings, len(pictures)), strict=True)
 
 
 def check_control(request: Request) -> None:
     """Raise SafelightError if the settings of the pictures that guide do not fit one another."""
     numbers = {name: each(getattr(request, name)) for name in _NUMBERS}
-    count = len(control_images(request)) or max(map(len, numbers.values()))
+    pictures = len(control_images(request))
+    count = pictures or max(map(len, numbers.values()))
     for name, given in numbers.items():
         if len(given) not in (1, count):
+            other = f"control_image is {pictures} picture{'s' * (pictures > 1)}"
+            other = other if pictures else f"another setting has {count}"
             raise SafelightError(
-                f"{name} has {len(given)} values, and control_image is {count} "
-                f"picture{'s' * (count > 1)}: give one for each picture, or one for all",
+                f"{name} has {len(given)} values, and {other}: give one for each picture, or one "
+                "for all",
                 field=name,
             )
     for guide in guides_of(numbers, count):

@@ -119,6 +119,8 @@ def test_scale_zero_turns_one_off(pairs: dict[str, tuple[Path, list[Path]]]) -> 
     alone = drawn(one, control_image=BOTH[1], control_scale=0.5)
     assert np.array_equal(np.asarray(off.images[0]), np.asarray(alone.images[0]))
     assert not off.warnings
+    plain = drawn(both, control_scale=[0.5, 0.7])
+    assert plain.warnings == ["control_scale does nothing without control_image: give one as well"]
     none = drawn(both, control_image=BOTH, control_scale=[0, 0])
     assert any("guides no step" in told for told in none.warnings)
 
@@ -143,6 +145,8 @@ def test_refusals(pairs: dict[str, tuple[Path, list[Path]]]) -> None:
         load_model(folder, device="cpu", controlnet=[nets[0], pairs["xl"][1][0]])
     with pytest.raises(SafelightError, match="control_scale has 3 values, and control_image is 2"):
         Request(control_image=BOTH, control_scale=[1, 1, 1])
+    with pytest.raises(SafelightError, match="control_start has 2 values, and another setting"):
+        Request(control_scale=[1, 1, 1], control_start=[0, 0])
     with pytest.raises(SafelightError, match=r"at least control_start, 0\.5, not 0\.4"):
         Request(control_image=BOTH, control_start=[0.0, 0.5], control_end=0.4)
     for bad in ({"control_image": [BOTH[0]] * 5}, {"control_scale": [0.5, 11]}):

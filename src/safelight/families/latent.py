@@ -301,8 +301,8 @@ class LatentFamily(AutoencodedFamily):
         maps = total(one.maps for one in guiding if one.maps)
         seen = [c.image for c in conditionings if c.image is not None]
         image = joined(seen) if seen else None
-        how = {"control": added, "maps": maps, "image": image}
-        return net(rows_in, at, context, embedded, pooled, sizes, reuse, **how).float()
+        given = (rows_in, at, context, embedded, pooled, sizes, reuse, added, image, maps)
+        return net(*given).float()
 
     def example(self, model: Model) -> Conditioning:
         import torch
