@@ -42,6 +42,7 @@ class PlainModel:
         self.device = SimpleNamespace(type="meta")
         self.loaded, self.other_vae, self.refiner, self.control = [], None, None, None
         self.other_parts, self.image_prompts = None, {}
+        self.upscalers = SimpleNamespace(files={})
         self.requests = []
         self.warnings = []
         self.before_step = lambda: None

@@ -17,7 +17,7 @@ from safelight.batch.rows import Columns
 from safelight.errors import SafelightError
 from safelight.picture import open_pictures, reason
 from safelight.request import Request
-from safelight.request_pictures import MOST, PICTURES, REFERENCES, changed
+from safelight.request_pictures import MOST, PICTURES, REFERENCES, changed, each
 from safelight.settings import Setting, settings_of, shown, unknown_setting
 from safelight.weights.digest import digest_file
 
@@ -164,13 +164,14 @@ class Rules:
 def _told(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings in the form that is hashed, independent of how a file writes them.
 
-    7 becomes 7.0, and a picture becomes the SHA-256 of its file, wherever that is.
+    7 becomes 7.0, a picture becomes the SHA-256 of its file, wherever that is, and a list of one
+    value becomes that value, where it means the same.
     """
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        several = isinstance(value, list | tuple)
         if _SETTINGS[name].kind is float:
-            value = [float(one) for one in value] if several else float(value)
+            numbers = [float(one) for one in each(value)]
+            value = numbers if len(numbers) > 1 else numbers[0]
         found[name] = value
     return found | changed(settings, lambda _, path: _sha256_of(path))
 

@@ -10,6 +10,7 @@ from safelight.request import Request
 from safelight.request_pictures import (
     INPUTS,
     REFERENCES,
+    check_area,
     digest_key,
     each,
     inputs_in,
@@ -128,6 +129,7 @@ def request(
         settings |= {"width": near[0], "height": near[1]}
     others = {"control_image": guide, "ip_adapter_image": prompting, REFERENCES: referred or None}
     if guide is not None and len(guiding) > 1:
+        check_area(CONTROL[0], [one for one in guiding if one is not None])
         others["control_image"] = tuple(one or guide for one in guiding)
         scale = CONTROL[1]
         settings[scale] = _without_picture(settings[scale], [one is None for one in guiding])
