@@ -79,7 +79,9 @@ def test_verify_names_what_is_wrong(
     pictures = [f"--control-image={tmp_path / name}.png" for name in ("square", "bar")]
     verify = ["verify", str(tmp_path / "made.png")]
     assert cli.run([*verify, *pictures[:1], "--controlnet", nets[0]]) == cli.BAD_INPUT
-    assert "control_image_2 is needed again" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "control_image_2 is needed again" in told
+    assert told.rstrip().endswith(": give it with --control-image")
     assert cli.run([*verify, *pictures, "--controlnet", nets[0]]) == cli.BAD_INPUT
     assert "not 1 of them: give those that made the picture" in capsys.readouterr().err
     swapped = [f"--controlnet={net}" for net in reversed(nets)]
@@ -105,6 +107,16 @@ def test_a_job_has_a_picture_for_each(server: Inside) -> None:
     asked = {**QUICK, "control_image": BOTH, "control_scale": [0.5, 0.5, 0.5]}
     answer = server.ask("POST", "/api/jobs", asked)
     assert b"control_scale has 3 values, and control_image is 2 pictures" in answer.body
+
+
+def test_a_key_of_idempotency_is_for_all_pictures(server: Inside) -> None:
+    key = {"idempotency-key": "both pictures"}
+    asked = {**QUICK, "control_image": BOTH}
+    first = server.ask("POST", "/api/jobs", asked, **key)
+    again = server.ask("POST", "/api/jobs", asked, **key)
+    assert again.json()["id"] == first.json()["id"]
+    other = server.ask("POST", "/api/jobs", {**asked, "control_image": BOTH[:1] * 2}, **key)
+    assert other.status == 422, other.body
 
 
 def units(*given: dict[str, Any]) -> dict[str, Any]:
