@@ -252,7 +252,6 @@ _DEV_SHAPE: dict[str, Any] = {
 }
 VARIANTS = (
     Flux("flux-dev", **_DEV_SHAPE),
-    Flux("flux-kontext", **_DEV_SHAPE, kontext=True, defaults=_KONTEXT),
     Flux(
         "flux-schnell",
         *(19, 38),
@@ -262,5 +261,6 @@ VARIANTS = (
         latent_rgb=colours.FLUX,
         published=FLUX_SCHNELL,
     ),
+    Flux("flux-kontext", **_DEV_SHAPE, kontext=True, defaults=_KONTEXT),
 )
 FLUX = CUSTOM
