@@ -66,8 +66,10 @@ def tiny(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(sd3.VARIANTS[1], layers=3, published=published)
     monkeypatch.setattr(sd3, "VARIANTS", (small,))
     published = Published(configs(folders["flux"]), DEV)
-    small = replace(flux.VARIANTS[0], layers=2, singles=2, published=published)
-    monkeypatch.setattr(flux, "VARIANTS", (small,))
+    small_ones = tuple(
+        replace(flux.VARIANTS[i], layers=2, singles=2, published=published) for i in (0, 2)
+    )
+    monkeypatch.setattr(flux, "VARIANTS", small_ones)
     published = Published(configs(folders["klein"]), {**DEV, "shift": 3.0})
     small_ones = tuple(
         replace(flux2.VARIANTS[i], layers=2, singles=3, published=published) for i in (0, 2)
@@ -250,6 +252,30 @@ def test_the_folder_tells_what_is_distilled(
     refused(lambda: load_model(tmp_path / "wrong", device="cpu"), "is_distilled", "true or false")
 
 
+def test_a_name_or_a_folder_tells_kontext(
+    folders: dict[str, Path], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    """Without a word of it a file is dev, and no warning says so."""
+    edits = shutil.copytree(folders["flux"], tmp_path / "edits")
+    index = edits / "model_index.json"
+    index.write_text(index.read_text().replace("FluxPipeline", "FluxKontextPipeline"))
+    for name, parts, family in (
+        ("flux1", folders["flux"], "flux-dev"),
+        ("flux1", edits, "flux-kontext"),
+        ("flux1-Kontext", folders["flux"], "flux-kontext"),
+    ):
+        file = tmp_path / f"{name}.safetensors"
+        shutil.copyfile(file_of("flux", folders, whole), file)
+        model = load_model(str(file), device="cpu", parts=parts)
+        assert model.family.name == family
+        assert not model.warnings
+    said = convert(str(edits), tmp_path / "one.safetensors")
+    lost = "one file does not say that it is flux-kontext: "
+    assert [line for line in said if "say" in line] == [f"{lost}a folder for --parts says it"]
+    convert(str(file), tmp_path / "again", parts=folders["flux"])
+    assert load_model(tmp_path / "again", device="cpu").family.name == "flux-kontext"
+
+
 def load_told(file: Path, parts: Path) -> list[str]:
     """Return the warnings of loading a file with a folder of parts."""
     return load_model(str(file), device="cpu", parts=parts).warnings
@@ -366,7 +392,7 @@ def test_inspect_says_what_is_missing(
     assert "no vae, text_encoder, text_encoder_2 and tokenizer_2" in told["warnings"][-1]
 
 
-PUBLISHED = (*sd3.VARIANTS, *flux.VARIANTS, *flux2.VARIANTS[2:], zimage.BASE)
+PUBLISHED = (*sd3.VARIANTS, *flux.VARIANTS[:2], *flux2.VARIANTS[2:], zimage.BASE)
 
 
 @pytest.mark.parametrize("family", PUBLISHED, ids=str)

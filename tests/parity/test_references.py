@@ -81,10 +81,10 @@ def test_klein_paints_in_what_it_sees(worst: Worst, klein: Path) -> None:
     image, other = shown((64, 64)), shown((80, 64), 1)
     asked = {"prompt": PROMPT, "guidance_scale": 1.0, "image": image, "strength": 0.7}
     given = {**asked, "mask_image": left_half(), "image_reference": other}
+    given["num_inference_steps"] = 4
     said = {**asked, "mask": left_half(), "reference_images": [image, other]}
-    steps = {"steps": 4, "seed": 11}
-    given |= {"num_inference_steps": 4}
-    test_flux2.compare(worst, klein, test_flux2.INPAINT, given, **said, **steps)
+    said |= {"steps": 4, "seed": 11}
+    test_flux2.compare(worst, klein, test_flux2.INPAINT, given, **said)
 
 
 @pytest.mark.parametrize("size", [(1300, 1111), (80, 640), (2500, 500), (1024, 1024), (100, 79)])

@@ -382,21 +382,19 @@ def test_a_recipe_fills_the_form_and_draws_again(server: Inside) -> None:
     _, png = drawn(server, **SECOND)
     values, told = entries.shown(recipe_settings(png), Suits())
     assert told == []
-    again = entries.request(*values, None, None, 1, None, 1, None, 1, suits=Suits())
+    again = entries.request(*values, (), None, 1, None, 1, None, 1, suits=Suits())
     model = safelight.load(device="cpu", dtype="float32")
     assert model.generate(again.replace(seed=5)).images[0].tobytes() == opened(png).tobytes()
     # A model of one size has no second pass.
     one_size = Suits(fixed_size=True)
-    assert (
-        entries.request(*values, None, None, 1, None, 1, None, 1, suits=one_size).hires_scale == 1
-    )
+    assert entries.request(*values, (), None, 1, None, 1, None, 1, suits=one_size).hires_scale == 1
 
 
 def test_a_picture_in_the_form_excludes_it() -> None:
     values, _ = entries.shown(Request(prompt="a", hires_scale=2).to_dict(), Suits())
     editor = (edges(), None), []
     with pytest.raises(SafelightError, match="leave out image, or hires_scale"):
-        entries.request(*values, None, editor, 1, None, 1, None, 1, suits=Suits())
+        entries.request(*values, (), editor, 1, None, 1, None, 1, suits=Suits())
 
 
 def test_an_engine_in_the_background_decodes_between_the_passes() -> None:

@@ -31,6 +31,7 @@ from safelight.errors import SafelightError
 from safelight.pixels import picture_sha256
 from safelight.prompt.styles import Style, apply_styles
 from safelight.request import Request
+from safelight.request_pictures import MAX_REFERENCES
 from safelight.server import connections, entrance, limits, logs
 from safelight.server.events import Events
 from safelight.server.guard import Guard, Rules
@@ -312,10 +313,14 @@ def test_an_editor_has_few_layers() -> None:
     for place, named in enumerate(
         ("the picture", "the control image", "the picture of the prompt")
     ):
-        values = [None, 1, None, 1, None, 1]
-        values[2 * place] = picture
+        values = [None, None, 1, None, 1, None, 1]
+        values[1 + 2 * place] = picture
         with pytest.raises(SafelightError, match=f"{named} must have at most .* layers"):
             asyncio.run(easel.read_easels(values, cast(Any, None), "", suits))
+    shown = [SimpleNamespace(image=SimpleNamespace(path="x"))] * (MAX_REFERENCES + 1)
+    values = [SimpleNamespace(root=shown), None, 1, None, 1, None, 1]
+    with pytest.raises(SafelightError, match="of pictures to edit there may be 10, not 11"):
+        asyncio.run(easel.read_easels(values, cast(Any, None), "", suits))
 
 
 def test_cells_of_a_grid_share_their_picture() -> None:

@@ -56,7 +56,7 @@ class Family:
     fast mode's settings that work with its network. told_by_scheduler: its variants have equal
     shapes and differ in the scheduler, which a single file does not hold. told_by_index: the same,
     and they differ in model_index.json. usual: of these, the first is meant unless a file or folder
-    says another. half: the precision that
+    says another, and no warning tells which. half: the precision that
     `dtype` auto takes on a GPU that has it. areas: of the pictures that it draws well in any
     shape, the least and the most, in those of its native size; None: it draws that size best.
     latent_rgb: colours of latents for previews, see `families.colours`; None if they are unknown.

@@ -253,7 +253,6 @@ _DEV_SHAPE: dict[str, Any] = {
 }
 VARIANTS = (
     Flux("flux-dev", **_DEV_SHAPE),
-    Flux("flux-kontext", **_DEV_SHAPE, kontext=True, defaults=_KONTEXT),
     Flux(
         "flux-schnell",
         *(19, 38),
@@ -263,5 +262,6 @@ VARIANTS = (
         latent_rgb=colours.FLUX,
         published=FLUX_SCHNELL,
     ),
+    Flux("flux-kontext", **_DEV_SHAPE, kontext=True, defaults=_KONTEXT),
 )
 FLUX = CUSTOM

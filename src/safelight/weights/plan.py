@@ -315,6 +315,8 @@ def _told(
     theirs = family.variant(configs, *lent)
     if not is_named or theirs.name == mine.name:
         return theirs, lent[1], []
+    if family.usual:  # a folder of it is what most have
+        return mine, named[1], []
     lender = printable(folder.source.name, 60)
     warning = f"{shown} is drawn as {mine.name}, as its name says; {lender}, which lends it parts, "
     return mine, named[1], [f"{warning}is of {theirs.name}"]
