@@ -3,14 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from safelight.engine import Engine
+from safelight.request import Request
+from safelight.weights import load_model
 from tests.parity import test_flux as of_flux
 from tests.parity.flow_models import make_qwen_image
 from tests.parity.test_pictures import (
     NEGATIVE,
     PROMPT,
     Worst,
+    draw,
     left_half,
     ours,
     picture,
@@ -76,3 +82,53 @@ def test_inpainting(worst: Worst, folder: Path, strength: float) -> None:
     compare(
         worst, folder, INPAINT, **asked, mask=left_half(), height=64, width=64, steps=5, seed=11
     )
+
+
+def test_pictures_share_a_call(folder: Path) -> None:
+    """Of texts of several lengths, guided and not."""
+    model = ours(folder)
+    asked = {"steps": 2, "width": 64, "height": 64, "seed": 5}
+    requests = [
+        Request(prompt="a red apple", negative_prompt="blurred", guidance_scale=3.0, **asked),
+        Request(prompt="a long prompt about a cat", guidance_scale=2.0, **asked),
+        Request(prompt="a dog", guidance_scale=1.0, **asked),
+    ]
+    engine = Engine(model, exact=False, rows=8)
+    for request in requests:
+        engine.add(request)
+    tickets = [*engine.tickets]
+    while engine.busy:
+        engine.step()
+    for request, ticket in zip(requests, tickets, strict=True):
+        alone = np.asarray(model.generate(request).images[0]).astype(int)
+        assert np.abs(alone - np.asarray(ticket.image)).max() <= 1
+
+
+def test_sides_that_are_no_multiples_of_a_patch(folder: Path) -> None:
+    """The latents cover more than the picture, which is cut from what they show."""
+    model = ours(folder)
+    asked = {"prompt": PROMPT, "steps": 1, "seed": 2, "guidance_scale": 1.0}
+    small = model.generate(**asked, width=72, height=88).images[0]
+    large = model.generate(**asked, width=80, height=96).images[0]
+    assert small.tobytes() == large.crop((0, 0, 72, 88)).tobytes()
+
+
+def test_bfloat16(folder: Path) -> None:
+    asked = {"prompt": PROMPT, "width": 64, "height": 64, "steps": 2, "seed": 2}
+    wanted, _ = draw(ours(folder), **asked)
+    half = load_model(str(folder), device="cpu", dtype="bfloat16")
+    found, _ = draw(half, **asked)
+    assert np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)
+
+
+def test_guidance_of_nothing(folder: Path) -> None:
+    """Outputs of zeros stay zeros, where diffusers divides by their length."""
+    zeros = torch.zeros(1, 16, 4, 4)
+    model = ours(folder)
+    assert not model.family.rescaled(model, zeros, zeros).any()
+
+
+def test_defaults(folder: Path) -> None:
+    model: Any = ours(folder)
+    assert (model.family.name, model.native_size) == ("qwen-image", (1328, 1328))
+    assert (model.defaults["steps"], model.defaults["guidance_scale"]) == (50, 4.0)

@@ -335,6 +335,8 @@ def test_other_models_of_the_kind(states: dict[str, State], tmp_path: Path) -> N
     }
     for said, path in files.items():
         refused(lambda path=path: load_model(path, **CPU), said, "from text alone")
+    named = edited(states, tmp_path, "qwen-image-special-edition")
+    refused(lambda: load_model(named, **CPU), "the file has no vae")
 
 
 @pytest.mark.parametrize("kind", ["Edit", "EditPlus", "Layered", "ControlNet", "21"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,12 @@ _OTHERS = {
 }
 """Tensors that only files of models with the same blocks have, and what those are."""
 
+_NAMES = {
+    re.compile(r"(?i)qwen.*((?<![a-z])edit|image_?edit)(?![a-z])"): "Qwen-Image-Edit",
+    re.compile(r"(?i)qwen.*layered"): "Qwen-Image-Layered",
+}
+"""The same of their files' names. "Edition" and "credit" tell nothing."""
+
 NOT_READ = "{} is not supported: of Qwen-Image, the model that draws from text alone is"
 """What is said of other models of the kind."""
 
@@ -38,12 +45,9 @@ def other_kind(header: Header, prefix: str) -> str | None:
     The first two versions of Qwen-Image-Edit have the tensors of Qwen-Image: their name tells.
     prefix: see `Layout`.
     """
-    told = next((what for key, what in _OTHERS.items() if prefix + key in header.tensors), None)
-    name = header.name.casefold()
-    for word, what in (("edit", "Qwen-Image-Edit"), ("layered", "Qwen-Image-Layered")):
-        if told is None and "qwen" in name and word in name:
-            told = what
-    return told
+    found = [what for key, what in _OTHERS.items() if prefix + key in header.tensors]
+    found += [what for name, what in _NAMES.items() if name.search(header.name)]
+    return found[0] if found else None
 
 
 def _wanted(config: Mapping[str, Any]) -> tuple[Any, ...]:
