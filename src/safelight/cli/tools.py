@@ -262,7 +262,8 @@ def verify(
         recorded = machine.recorded_machine(recipe)
         networks = {"upscalers": [*later, *listed_files(used["upscaler"])]}
         networks = recorded_files(networks, "upscaler", library, upscaler or ())
-        loaded.upscalers.files = networks
+        if networks:
+            loaded.upscalers.files = networks
         with machine.threads_of(recorded):
             result = loaded.generate(request, on_step=on_step)
             again = result.images[0]

@@ -49,7 +49,7 @@ def upscale(
         bool, Option("--json", help="Print paths, sizes and the upscaler as JSON.")
     ] = False,
 ) -> None:
-    """Enlarge pictures with networks such as ESRGAN and SwinIR.
+    """Enlarge pictures with an upscaler, such as Real-ESRGAN.
 
     A PNG keeps its recipe, and what was done is added. Prints the path of each picture.
     """

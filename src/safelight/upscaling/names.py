@@ -31,7 +31,7 @@ Each takes 12 bytes while they are put together.
 TILE = 320
 """Pixels of a tile's side, with its overlaps. Of a picture of 512x512 it makes four tiles of 288.
 
-Real-ESRGAN x4plus takes about 1.5 GB for one.
+Real-ESRGAN x4plus takes about 1.3 GB for one.
 """
 
 MISSING = "upscalers need more: pip install 'safelight[upscale]'"
