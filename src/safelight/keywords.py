@@ -46,6 +46,7 @@ class GenerateSettings(TypedDict, total=False):
     sampler: str
     schedule: Schedule | None
     spacing: Spacing | None
+    shift: float | None
     strength: float | None
     eta: float
     image: Image | None

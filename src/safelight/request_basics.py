@@ -8,7 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from safelight.adapters.asked import Unmatched
 from safelight.keywords import Schedule, Spacing
 from safelight.prompt.reading import Emphasis, Syntax
-from safelight.request_ranges import ClipSkip, Count, Guidance, Seed, Share, Side, Steps, Strength
+from safelight.request_ranges import (
+    ClipSkip,
+    Count,
+    Guidance,
+    Seed,
+    Share,
+    Shift,
+    Side,
+    Steps,
+    Strength,
+)
 from safelight.settings import About, Texts
 
 
@@ -131,6 +141,9 @@ class BasicFields(BaseModel):
     ] = Field(None, description="noise levels of the steps")
     spacing: Annotated[Spacing | None, About(default=_OWN, aliases=("--timestep-spacing",))] = (
         Field(None, description="distribution of the timesteps")
+    )
+    shift: Annotated[Shift | None, About(default=_OWN, some_models=True)] = Field(
+        None, description="how far flow models' times are moved towards noise; 1 leaves them even"
     )
     strength: Annotated[
         Strength | None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from safelight.errors import SafelightError
 from safelight.sampling import SAMPLERS, Grid, Level, Row, Table, clean_estimate, table
 from safelight.sampling.exponential import dpmpp_2m, unipc
-from safelight.sampling.flow import Course, euler_a, flow_grid
+from safelight.sampling.flow import Course, euler_a, flow_grid, shifted_by
 from safelight.sampling.schedule import SCHEDULES, SchedulerConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -101,6 +101,14 @@ def test_a_last_time_that_the_scheduler_tells(steps: int) -> None:
     assert of("euler", ENDING, steps, False).rows[-1].level.sigma == pytest.approx(0.02, rel=1e-4)
     # Of a single step, diffusers makes NaN.
     assert of("euler", ENDING, 1, False).rows == of("euler", DYNAMIC, 1, False).rows
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", [*CONFIGS, "ending"])
+def test_a_shift_that_is_asked_for_takes_the_place_of_the_model_s(name: str, trained: bool) -> None:
+    config = shifted_by(SchedulerConfig.from_dict({"ending": ENDING, **CONFIGS}[name]), 2.5)
+    made = table("euler", config, 7, course=Course(TOKENS, trained))
+    assert made.rows == of("euler", EULER | {"shift": 2.5}, 7, trained).rows
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -47,6 +47,16 @@ def test_guidance(worst: Worst, models: dict[str, Path]) -> None:
     compare(worst, ours(models["base"]), pipe, given, **asked, steps=5, guidance_scale=4, seed=11)
 
 
+def test_another_shift(worst: Worst, models: dict[str, Path]) -> None:
+    """As that of a scheduler config, which is how LoRAs for few steps are drawn with diffusers."""
+    asked = {"prompt": PROMPT, **SIZE}
+    given = {**asked, "num_inference_steps": 4, "guidance_scale": 0.0}
+    pipe = theirs(models["base"], TEXT)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=1.7)
+    said = {**asked, "steps": 4, "guidance_scale": 1, "shift": 1.7, "seed": 11}
+    compare(worst, ours(models["base"]), pipe, given, **said)
+
+
 def test_image_to_image(worst: Worst, models: dict[str, Path]) -> None:
     asked = {"prompt": PROMPT, "image": picture(), "strength": 0.65}
     given = {**asked, "num_inference_steps": 10, "guidance_scale": 0.0}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from safelight.errors import SafelightError
 from safelight.families.autoencoded import AutoencodedFamily
-from safelight.families.base import Cached, Conditioning
+from safelight.families.base import Cached, Conditioning, Family
 from safelight.families.flow_files import Layout, Published, is_unused, unknown_variant
 from safelight.families.flow_texts import MARKED, is_marked, readings_of, texts_of
 from safelight.families.part import Part
@@ -231,20 +231,28 @@ class FlowFamily(AutoencodedFamily):
 
         return replace(cached(tuple(texts), together), guidance=request.guidance_scale)
 
+    def reads(
+        self, refiner: Family | None = None, control: bool = False, ip_adapter: bool = False
+    ) -> frozenset[str]:
+        return super().reads(refiner, control, ip_adapter) | {"shift"}
+
     def table(self, model: Model, request: Request, skip: int | None = None) -> Table:
         # Imported here, as it needs NumPy, which a server or a help text does not.
-        from safelight.sampling.flow import Course
+        from safelight.sampling.flow import Course, shifted_by
 
         assert request.steps is not None
         steps = request.steps
         skip = steps - self.steps_taken(request) if skip is None else skip
+        config = self.scheduler(model.scheduler)
+        if request.shift is not None:
+            config = shifted_by(config, request.shift)
         width, height = model.native_size
         *_, rows, columns = self.latent_shape(
             model, (request.width or width, request.height or height)
         )
         return table(
             request.sampler,
-            self.scheduler(model.scheduler),
+            config,
             steps,
             schedule=request.schedule,
             spacing=request.spacing,

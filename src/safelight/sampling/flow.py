@@ -8,7 +8,7 @@ section 5.3.2): by a fixed number, or by one that grows with the number of token
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,11 @@ def stretched(times: Times, last: float | None) -> Times:
     """
     remains = 1 - times
     return times if not last or not remains[-1] else 1 - remains * ((1 - last) / remains[-1])
+
+
+def shifted_by(config: SchedulerConfig, shift: float) -> SchedulerConfig:
+    """Return a config whose times are shifted by a fixed number, for every size and step count."""
+    return replace(config, shift=shift, use_dynamic_shifting=False, shift_terminal=None)
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
