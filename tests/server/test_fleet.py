@@ -156,7 +156,7 @@ def test_a_worker_draws_several_models_and_declares_which(
     store.close()
     library, others = tmp_path / "library", "embedded-unconditional"
     shutil.copytree(MODELS / "embedded-fast", library / "borrowed")
-    how = {"steps": 2, "sampler": "euler", "prompt": "a cat"}
+    how = {"steps": 2, "sampler": "euler", "prompt": "a cat", "width": 64, "height": 64}
     room = ("--model-memory", room_for_one("embedded", "float32"))
     only = ("--models-dir", str(library), "--allow-models", "borrowed", *room)
     with Serving(tmp_path, "--workers", "0", "--database", url, "--allow-models", others) as server:
@@ -401,7 +401,7 @@ def test_a_fleet_draws_and_drains(tmp_path: Path, shared: tuple[Files, Store, st
     """
     _, store, url = shared
     store.close()
-    how = {"steps": 2, "sampler": "euler", "prompt": "a cat"}
+    how = {"steps": 2, "sampler": "euler", "prompt": "a cat", "width": 64, "height": 64}
     with Serving(tmp_path, "--workers", "0", "--database", url) as server:
         answer = server.client.get("/readyz")
         assert answer.status_code == 503
