@@ -240,8 +240,8 @@ def test_out_of_memory_fails_one_job_alone(server: Inside, monkeypatch: pytest.M
     for i in range(times):
         assert server.worker is not None
         loaded(server).engine.capacity.set(8)  # as if it had not learned
-        settings = {"prompt": "a cat", "steps": 1, "sampler": "euler", "seed": i}
-        large = server.submit(**settings, width=512)
+        settings = {"prompt": "a cat", "steps": 1, "sampler": "euler", "seed": i, **SMALL}
+        large = server.submit(**settings | {"width": 512})
         together = server.submit(**settings, count=4)
         failed = server.finished(large)
         assert failed["status"] == "failed"

@@ -156,7 +156,7 @@ def test_a_worker_draws_several_models_and_declares_which(
     store.close()
     library, others = tmp_path / "library", "embedded-unconditional"
     shutil.copytree(MODELS / "embedded-fast", library / "borrowed")
-    how = {"steps": 2, "sampler": "euler", "prompt": "a cat", "width": 64, "height": 64}
+    how = {"steps": 2, "sampler": "euler", "prompt": "a cat"}
     room = ("--model-memory", room_for_one("embedded", "float32"))
     only = ("--models-dir", str(library), "--allow-models", "borrowed", *room)
     with Serving(tmp_path, "--workers", "0", "--database", url, "--allow-models", others) as server:
@@ -170,7 +170,7 @@ def test_a_worker_draws_several_models_and_declares_which(
             )
             wait_for(lambda: len(server.client.get("/api/models").json()) == 3)
             for name in ("borrowed", "embedded"):
-                job = server.finished(server.submit(**how | {"model": name}))
+                job = server.finished(server.submit(**how, model=name, width=64, height=64))
                 assert (job["status"], job["model"]) == ("succeeded", name)
             # Its size is asked of the worker.
             body = how | {"model": "borrowed", "size": "64x64"}
