@@ -304,7 +304,6 @@ def on_easel(page: Page, colour: tuple[int, int, int], name: str = "easel") -> A
     expect(canvas).to_be_visible()
 
     def shown() -> bool:
-        page.wait_for_timeout(300)  # a screenshot costs as much as loading the picture
         with Image.open(io.BytesIO(canvas.screenshot())) as image:
             middle = image.convert("RGB").getpixel((image.width // 2, image.height // 2))
         assert isinstance(middle, tuple)
