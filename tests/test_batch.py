@@ -55,6 +55,8 @@ def mixed(n: int) -> list[Request]:
             "steps": chance.randint(2, 6),
             "guidance_scale": chance.choice([1.0, 4.0, 7.5]),
             "seed": i,
+            "width": 64,
+            "height": 64,
         }
         if chance.random() < 0.3:
             settings |= {"image": photo(), "strength": 0.7}
@@ -95,7 +97,7 @@ def test_noise_is_the_same_in_any_company(model: Model) -> None:
 
 
 def test_several_pictures_of_one_request(model: Model) -> None:
-    request = Request(prompt="a cat", seed=5, count=3, steps=2, sampler="euler")
+    request = Request(**SMALL, seed=5, count=3, steps=2)
     engine = Engine(model, exact=False, rows=6)
     result = engine.add(request, "job", done=[1])
     assert result.seeds == [5, 6, 7]
@@ -243,7 +245,7 @@ def test_a_dropped_picture_keeps_its_engine_busy_while_it_is_decoded(
     go_on = threading.Event()
     monkeypatch.setattr(core, "finish", lambda *_: go_on.wait(20))
     engine = Engine(model, background=True)
-    engine.add(Request(prompt="a cat", steps=1, sampler="euler"), "job")
+    engine.add(Request(**SMALL, steps=1), "job")
     while engine.tickets:
         engine.step()
     engine.drop("job")
@@ -277,7 +279,7 @@ def test_no_memory_to_encode_fails_that_job_alone(
     monkeypatch.setattr("safelight.engine.requests.prepare", short_of_memory)
     engine = Engine(model, exact=False, rows=2, background=True)
     engine.add(Request(prompt="a cat", image=photo(64), steps=2, sampler="euler"), "large")
-    engine.add(Request(prompt="a cat", steps=2, sampler="euler"), "small")
+    engine.add(Request(**SMALL, steps=2), "small")
     finished = {ticket.tag: ticket for ticket in drain(engine)}
     assert "out of memory" in str(finished["large"].error)
     assert finished["small"].image is not None
@@ -296,7 +298,7 @@ def test_no_call_has_more_rows_than_asked_for(
     engine = Engine(model, exact=False, rows=5)
     for i in range(4):
         asked = {"guidance_scale": 1.0 if i == 3 else 7.5, "guidance_start": 0}
-        engine.add(Request(prompt="a cat", steps=2, sampler="euler", **asked), i)
+        engine.add(Request(**SMALL, steps=2, **asked), i)
     drain(engine)
     assert max(calls) == 5
 
@@ -311,8 +313,8 @@ def test_only_pictures_of_one_size_share_a_call(model: Model) -> None:
 
 def test_dropped_within_a_step(model: Model) -> None:
     engine = Engine(model, exact=False, rows=4)
-    engine.add(Request(prompt="a cat", steps=30), "a")
-    engine.add(Request(prompt="a cat", steps=2, sampler="euler"), "b")
+    engine.add(Request(**SMALL, steps=30), "a")
+    engine.add(Request(**SMALL, steps=2), "b")
     engine.step()
     engine.drop("a")
     assert [ticket.tag for ticket in drain(engine)] == ["b"]
@@ -348,14 +350,14 @@ def test_the_cache_of_prompts_keeps_no_warnings() -> None:
 
 def test_a_ticket_says_its_precision(model: Model) -> None:
     engine = Engine(model)
-    engine.add(Request(prompt="a cat", steps=1, sampler="euler"))
+    engine.add(Request(**SMALL, steps=1))
     assert [ticket.dtype for ticket in drain(engine)] == ["float32"]
 
 
 @pytest.mark.parametrize("background", [False, True])
 def test_decoding_beside_the_steps_changes_no_picture(model: Model, background: bool) -> None:
     engine = Engine(model, background=background)
-    request = Request(prompt="a cat", steps=2, sampler="euler", seed=3, count=2)
+    request = Request(**SMALL, steps=2, seed=3, count=2)
     engine.add(request)
     drawn = [ticket.image for ticket in sorted(drain(engine), key=lambda t: t.index)]
     alone = model.generate(request).images
@@ -365,7 +367,7 @@ def test_decoding_beside_the_steps_changes_no_picture(model: Model, background: 
 def test_a_nan_fails_its_own_picture_alone(model: Model) -> None:
     engine = Engine(model, exact=False, rows=8)
     for tag in ("good", "bad", "fine"):
-        engine.add(Request(prompt="a cat", steps=3, sampler="euler", seed=1), tag)
+        engine.add(Request(**SMALL, steps=3, seed=1), tag)
     engine.step()
     state = engine.tickets[1].job.state.clone()
     state[0, 0, 0, 0] = float("nan")
@@ -374,7 +376,7 @@ def test_a_nan_fails_its_own_picture_alone(model: Model) -> None:
     assert "NaN at step 2 of 3" in str(finished["bad"].error)
     assert getattr(finished["bad"].error, "code", None) == "not_finite"
     assert finished["bad"].image is None
-    alone = model.generate("a cat", steps=3, sampler="euler", seed=1).images[0]
+    alone = model.generate(**SMALL, steps=3, seed=1).images[0]
     for tag in ("good", "fine"):
         image = finished[tag].image
         assert image is not None
@@ -384,7 +386,7 @@ def test_a_nan_fails_its_own_picture_alone(model: Model) -> None:
 def test_a_nan_in_the_decoder_fails_its_own_picture_alone(model: Model) -> None:
     engine = Engine(model, exact=False, rows=8)
     for tag in ("good", "bad"):
-        engine.add(Request(prompt="a cat", steps=1, sampler="euler"), tag)
+        engine.add(Request(**SMALL, steps=1), tag)
     finish = engine._finish
 
     def poisoned(job: Job) -> Image.Image:
@@ -411,8 +413,8 @@ def test_out_of_memory_splits_the_batch_and_then_fails_that_job_alone(
     monkeypatch.setattr(core, "advance", short_of_memory)
     engine = Engine(model, exact=False, rows=16)
     for i in range(5):
-        engine.add(Request(prompt="a cat", steps=2, sampler="euler", seed=i), i)
-    engine.add(Request(prompt="a cat", steps=2, sampler="euler", width=512), "large")
+        engine.add(Request(**SMALL, steps=2, seed=i), i)
+    engine.add(Request(**{**SMALL, "width": 512}, steps=2), "large")
     finished = {ticket.tag: ticket for ticket in drain(engine)}
     large = finished.pop("large").error
     assert isinstance(large, SafelightError)

@@ -19,7 +19,9 @@ from safelight.picture import largest_difference
 from safelight.recipe import parse_recipe_text, read_recipe
 from safelight.server.jobs import Picture, Status
 
-BASE = Request(prompt="a cat", seed=1, steps=2, sampler="euler", guidance_scale=4.0)
+BASE = Request(
+    prompt="a cat", seed=1, steps=2, sampler="euler", guidance_scale=4.0, width=64, height=64
+)
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from safelight.request import Request
 from safelight.sampling import Level, clean_estimate
 
 FEW = {"steps": 3, "sampler": "euler"}
+SMALL: dict[str, Any] = {**FEW, "width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +66,14 @@ def test_the_family_was_a_text_for_one_version(model: Model) -> None:
 
 
 def test_same_request_same_bytes(model: Model) -> None:
-    one, two = (model.generate("a cat", seed=1, **FEW).images[0] for _ in range(2))
+    one, two = (model.generate("a cat", seed=1, **SMALL).images[0] for _ in range(2))
     assert one.tobytes() == two.tobytes()
-    assert one.tobytes() != model.generate("a cat", seed=2, **FEW).images[0].tobytes()
-    assert one.tobytes() != model.generate("a dog", seed=1, **FEW).images[0].tobytes()
+    assert one.tobytes() != model.generate("a cat", seed=2, **SMALL).images[0].tobytes()
+    assert one.tobytes() != model.generate("a dog", seed=1, **SMALL).images[0].tobytes()
 
 
 def test_picture_i_of_several_is_that_of_seed_plus_i(model: Model) -> None:
-    settings = {"sampler": "euler_a", "steps": 3}
+    settings = {**SMALL, "sampler": "euler_a"}
     several = model.generate("a cat", seed=5, count=3, **settings)
     assert several.seeds == [5, 6, 7]
     for seed, image in zip(several.seeds, several.images, strict=True):
@@ -83,7 +84,7 @@ def test_picture_i_of_several_is_that_of_seed_plus_i(model: Model) -> None:
 def test_threads_share_a_model(model: Model) -> None:
     """No thread draws another's prompt, or packs weights that another is packing."""
     prompts = ["a red apple", "a blue car", "a green frog", "a black cat"]
-    settings = {**FEW, "width": 64, "height": 64, "negative_prompt": "a dog", "seed": 5}
+    settings = {**SMALL, "negative_prompt": "a dog", "seed": 5}
 
     def draw(one: Model, prompt: str) -> bytes:
         return one.generate(prompt, **settings).images[0].tobytes()
@@ -126,10 +127,10 @@ def test_an_interrupt_leaves_no_lock_held(at: tuple[str, str]) -> None:
 
 
 def test_a_step_that_is_looked_at_holds_up_no_thread(model: Model) -> None:
-    waiting = iter(model.stream("a cat", seed=1, **FEW))
+    waiting = iter(model.stream("a cat", seed=1, **SMALL))
     next(waiting)
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(model.generate, "a dog", seed=1, **FEW).result(60)
+        thread.submit(model.generate, "a dog", seed=1, **SMALL).result(60)
 
 
 def test_jobs_of_all_kinds_advance_together(model: Model) -> None:
@@ -204,21 +205,21 @@ def test_guidance_one_asks_the_network_once(model: Model, monkeypatch) -> None:
         return forward(x, timestep, context, *rest)
 
     monkeypatch.setattr(model.unet, "forward", counted)
-    model.generate("a cat", guidance_scale=1.0, seed=1, **FEW)
-    model.generate("a cat", guidance_scale=7.5, guidance_start=0, seed=1, **FEW)
+    model.generate("a cat", guidance_scale=1.0, seed=1, **SMALL)
+    model.generate("a cat", guidance_scale=7.5, guidance_start=0, seed=1, **SMALL)
     assert rows == [1, 1, 1, 2, 2, 2]
 
 
 def test_stream_yields_every_step_with_a_preview(model: Model) -> None:
-    run = model.stream("a cat", seed=1, count=2, **FEW)
+    run = model.stream("a cat", seed=1, count=2, **SMALL)
     seen = [(s.image_index, s.step, s.steps, s.preview().size) for s in run]
-    assert seen == [(i, s, 3, (256, 256)) for i in range(2) for s in (1, 2, 3)]
+    assert seen == [(i, s, 3, (64, 64)) for i in range(2) for s in (1, 2, 3)]
     assert len(run.result.images) == 2
     assert set(run.result.timings) == {"text", "denoise", "decode", "total"}
 
 
 def test_a_run_takes_each_step_once(model: Model, tmp_path: Path) -> None:
-    run = model.stream("a cat", seed=1, count=2, **FEW)
+    run = model.stream("a cat", seed=1, count=2, **SMALL)
     taken = 0
     for taken, _ in enumerate(run, 1):
         if taken == 4:  # the first of the second picture
@@ -240,7 +241,7 @@ def test_a_run_that_failed_has_no_result(model: Model) -> None:
 def test_the_last_preview_is_the_picture(model: Model) -> None:
     """It is equal to the byte if no tiny autoencoder decodes the previews."""
     own = {name: part for name, part in model.parts.items() if name != "preview_vae"}
-    run = replace(model, parts=own).stream("a cat", seed=1, **FEW)
+    run = replace(model, parts=own).stream("a cat", seed=1, **SMALL)
     last = [step.preview() for step in run][-1]
     assert last.tobytes() == run.result.images[0].tobytes()
 

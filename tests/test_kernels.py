@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -150,18 +151,25 @@ def test_too_little_memory_is_an_error(library: Library) -> None:
             library.call(name, **(GOOD[name] | more))
 
 
+@cache
+def in_a_fresh_process(test: str) -> tuple[int, str]:
+    """Return the exit code and the output of a test, with all its parameters."""
+    run = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", test]
+    found = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    env = {**found, "FRESH_PROCESS": "1"}
+    done = subprocess.run(run, cwd=Path(__file__).parents[1], env=env, capture_output=True)
+    return done.returncode, done.stdout.decode()
+
+
+@pytest.mark.xdist_group("fresh process")  # one for all libraries
 @pytest.mark.skipif(memory._libc() is None, reason="nothing here tells what a process takes")
 def test_memory_of_a_large_picture_is_given_back(
     library: Library, request: pytest.FixtureRequest
 ) -> None:
     if "FRESH_PROCESS" not in os.environ:
         # After many tests the heap is in pieces, and holds what it would give back.
-        name = request.node.nodeid.partition("@")[0]
-        found = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-        run = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", name]
-        env = {**found, "FRESH_PROCESS": "1"}
-        done = subprocess.run(run, cwd=Path(__file__).parents[1], env=env, capture_output=True)
-        assert done.returncode == 0, done.stdout.decode()
+        code, output = in_a_fresh_process(request.node.nodeid.partition("[")[0])
+        assert code == 0, output
         return
 
     def own() -> int:

@@ -23,7 +23,7 @@ def embedded() -> Model:
     return safelight.load("embedded", dtype="float32")
 
 
-APPLE: dict[str, Any] = {"prompt": "a red apple", "seed": 4, "width": 128, "height": 128}
+APPLE: dict[str, Any] = {"prompt": "a red apple", "seed": 4, "width": 64, "height": 64}
 CUTS: list[dict[str, Any]] = [
     {"guidance_start": 0},
     {},

@@ -36,7 +36,7 @@ from safelight.picture import largest_difference
 from safelight.recipe import read_recipe
 
 EXACT = How({"device": "cpu", "dtype": "float32"}, exact=True)
-FEW: dict[str, Any] = {"steps": 2, "sampler": "euler"}
+FEW: dict[str, Any] = {"steps": 2, "sampler": "euler", "width": 64, "height": 64}
 VALUES: list[dict[str, Any]] = [
     {"id": "a", "prompt": "a cat"},
     {"id": "b", "prompt": "a red apple", "count": 2, "sampler": "ddim"},
@@ -168,7 +168,7 @@ def test_an_estimate_grows_with_the_work(model, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("safelight.batch.estimate.Drawer", lambda name, how, tell: drawer(model))
     monkeypatch.setattr("time.perf_counter", partial(next, iter(range(0, 100, 6))))
     values = [{"id": str(i), "guidance_scale": 1.0} for i in range(3)]
-    values += [{"id": "x", "width": 512, "height": 512, "guidance_scale": 1.0, "count": 2}]
+    values += [{"id": "x", "width": 128, "height": 128, "guidance_scale": 1.0, "count": 2}]
     with WorkList() as work:
         columns = [Columns(i, one) for i, one in enumerate(values, 1)]
         assert not list(work.fill(columns, Rules(defaults={"prompt": "a cat", **FEW})))
@@ -203,6 +203,7 @@ def test_the_command(run, tmp_path: Path):
     out = tmp_path / "out"
     asked = ["batch", tmp_path / "rows.csv", "--out", out, "--id", "key", "--dtype", "float32"]
     asked += ["--set", "prompt=a {animal}", "--steps", 2, "--sampler", "euler"]
+    asked += ["--width", 64, "--height", 64]
     refused = run(*asked)
     assert (refused.code, refused.out) == (2, "")
     assert "line 4: image: there is no file 'none.png'" in refused.err

@@ -17,8 +17,7 @@ from tokenizers import (
     processors,
 )
 
-from safelight.prompt.tokenizer import clip_tokenizer
-from tests.parity.sdxl_models import TEXT, VAE
+from tests.parity.sdxl_models import TEXT, VAE, write_clip_tokenizer
 
 ASKED = {"steps": 2, "width": 64, "height": 64, "seed": 3}
 """A small picture in few steps."""
@@ -121,8 +120,8 @@ def make_sd3(
     diffusers.AutoencoderKL(**VAE_16).save_pretrained(folder / "vae")
     text_encoder("CLIPTextModelWithProjection", CLIP, folder / "text_encoder", 3)
     text_encoder("CLIPTextModelWithProjection", CLIP_2, folder / "text_encoder_2", 4)
-    clip_tokenizer("<|endoftext|>", 77).save(folder / "tokenizer")
-    clip_tokenizer("!", 77).save(folder / "tokenizer_2")
+    write_clip_tokenizer(folder / "tokenizer", "<|endoftext|>")
+    write_clip_tokenizer(folder / "tokenizer_2", "!")
     if t5:
         t5_encoder(folder / "text_encoder_3")
         t5_tokenizer(folder / "tokenizer_3")
@@ -166,7 +165,7 @@ def make_flux(folder: Path, *, guided: bool) -> Path:
     torch.manual_seed(2)
     diffusers.AutoencoderKL(**FLUX_VAE).save_pretrained(folder / "vae")
     text_encoder("CLIPTextModel", TEXT, folder / "text_encoder", 3)
-    clip_tokenizer("<|endoftext|>", 77).save(folder / "tokenizer")
+    write_clip_tokenizer(folder / "tokenizer", "<|endoftext|>")
     t5_encoder(folder / "text_encoder_2")
     t5_tokenizer(folder / "tokenizer_2")
     write_index(

@@ -2,7 +2,9 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -86,6 +88,20 @@ def _text_encoder(kind: str, config: dict[str, Any], folder: Path) -> None:
     network.save_pretrained(folder)
 
 
+@cache
+def _clip_files(pad: str) -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        clip_tokenizer(pad, 77).save(Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def write_clip_tokenizer(folder: Path, pad: str) -> None:
+    """Write CLIP's own tokenizer, whose text is made once."""
+    folder.mkdir()
+    for name, content in _clip_files(pad).items():
+        (folder / name).write_bytes(content)
+
+
 def make_folder(
     folder: Path,
     unet: dict[str, Any],
@@ -106,9 +122,9 @@ def make_folder(
     diffusers.AutoencoderKL(**vae).save_pretrained(folder / "vae")
     if first:
         _text_encoder("CLIPTextModel", TEXT, folder / "text_encoder")
-        clip_tokenizer(EOS, 77).save(folder / "tokenizer")
+        write_clip_tokenizer(folder / "tokenizer", EOS)
     _text_encoder("CLIPTextModelWithProjection", TEXT_2, folder / "text_encoder_2")
-    clip_tokenizer("!", 77).save(folder / "tokenizer_2")
+    write_clip_tokenizer(folder / "tokenizer_2", "!")
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     index = {

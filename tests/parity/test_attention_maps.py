@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def name(request: Any) -> str:
     return request.param
 
 
+@cache
 def loaded(folder: Path, plain: bool = True) -> Model:
     return safelight.load(folder, device="cpu", dtype="float32", plain=plain)
 

@@ -47,7 +47,7 @@ from tests.parity.flow_models import (
     make_sd3,
     make_zimage,
 )
-from tests.parity.test_flow_single import DUAL, ORIGINAL, bare, drawn
+from tests.parity.test_flow_single import DUAL, ORIGINAL, bare, drawn, of_folder
 from tests.weights_tiny import refused
 
 State = dict[str, Tensor]
@@ -159,7 +159,7 @@ def test_separate_files_draw_what_the_folder_draws(
     parts = parts_of(files, model.partition("-")[0], tokenizer(folders, name))
     loaded = load_model(files / f"{model}.safetensors", **CPU, parts=parts)
     assert loaded.family.name == load_model(folders[name], **CPU).family.name
-    assert drawn(files / f"{model}.safetensors", parts=parts) == drawn(folders[name])
+    assert drawn(files / f"{model}.safetensors", parts=parts) == of_folder(folders[name])
 
 
 def test_a_name_tells_turbo_and_else_a_warning(folders: dict[str, Path], files: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_name_counts_before_the_folder_that_lends(folders: dict[str, Path], fi
 def test_a_folder_gives_what_files_leave(folders: dict[str, Path], files: Path, order: int) -> None:
     parts = [files / "flux-text_encoder.safetensors", folders["flux"]][::order]
     model = load_model(files / "flux.safetensors", **CPU, parts=parts)
-    assert drawn(files / "flux.safetensors", parts=parts) == drawn(folders["flux"])
+    assert drawn(files / "flux.safetensors", parts=parts) == of_folder(folders["flux"])
     assert any("flux-text_encoder.safetensors of the parts" in w for w in model.warnings) == (
         order < 0
     )
@@ -253,14 +253,14 @@ def test_names_of_clip(
     """The identity is the projection of CLIP-L in Stable Diffusion 3, whatever its file has."""
     parts = parts_of(files, name, tokenizer(folders, name))
     clip = rewritten(parts.pop(-2), tmp_path / "clip.safetensors", CLIP_WAYS[way])
-    assert drawn(files / f"{name}.safetensors", parts=[clip, *parts]) == drawn(folders[name])
+    assert drawn(files / f"{name}.safetensors", parts=[clip, *parts]) == of_folder(folders[name])
 
 
 @pytest.mark.parametrize("way", T5_WAYS)
 def test_names_of_t5(folders: dict[str, Path], files: Path, tmp_path: Path, way: str) -> None:
     parts = parts_of(files, "flux", tokenizer(folders, "flux"))
     t5 = rewritten(parts.pop(1), tmp_path / "t5.safetensors", T5_WAYS[way])
-    assert drawn(files / "flux.safetensors", parts=[t5, *parts]) == drawn(folders["flux"])
+    assert drawn(files / "flux.safetensors", parts=[t5, *parts]) == of_folder(folders["flux"])
 
 
 def test_separate_files_become_one(folders: dict[str, Path], files: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_names_of_qwen(folders: dict[str, Path], files: Path, tmp_path: Path) ->
     ):
         other = rewritten(qwen, tmp_path / "qwen.safetensors", change)
         parts = [other, words, ae]
-        assert drawn(files / "zimage.safetensors", parts=parts) == drawn(folders["zimage"])
+        assert drawn(files / "zimage.safetensors", parts=parts) == of_folder(folders["zimage"])
 
 
 def test_several_text_encoders_in_one_file(
@@ -298,7 +298,7 @@ def test_several_text_encoders_in_one_file(
         save_file(state, tmp_path / "all.safetensors")
         parts = [tmp_path / "all.safetensors", files / "sd3-ae.safetensors"]
         parts.append(tokenizer(folders, "sd3"))
-        assert drawn(files / "sd3.safetensors", parts=parts) == drawn(folders["sd3"])
+        assert drawn(files / "sd3.safetensors", parts=parts) == of_folder(folders["sd3"])
 
 
 def test_scaled_float8(folders: dict[str, Path], files: Path, tmp_path: Path) -> None:
@@ -347,11 +347,11 @@ def test_gguf_brings_its_tokenizer(
     write(folders, tmp_path / "text.gguf")
     parts = [p for p in parts_of(files, name) if f"encoder{number}." not in p.name]
     parts.append(tmp_path / "text.gguf")
-    assert drawn(files / f"{name}.safetensors", parts=parts) == drawn(folders[name])
+    assert drawn(files / f"{name}.safetensors", parts=parts) == of_folder(folders[name])
     assert (
         convert(files / f"{name}.safetensors", tmp_path / "out", dtype="float32", parts=parts) == []
     )
-    assert drawn(tmp_path / "out") == drawn(folders[name])
+    assert drawn(tmp_path / "out") == of_folder(folders[name])
     assert diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
 
 
@@ -401,7 +401,7 @@ def test_gguf_with_transformers_names(
     writer.close()
     rest = [p for p in parts_of(files, "flux", tokenizer(folders, "flux")) if "_2." not in p.name]
     parts = [tmp_path / "t5.gguf", *rest]
-    assert drawn(files / "flux.safetensors", parts=parts) == drawn(folders["flux"])
+    assert drawn(files / "flux.safetensors", parts=parts) == of_folder(folders["flux"])
 
 
 def test_another_kind_of_gguf(folders: dict[str, Path], files: Path, tmp_path: Path) -> None:
@@ -454,11 +454,11 @@ def test_a_file_of_everything_lacks_the_tokenizer_alone(
 ) -> None:
     for name in ("flux", "zimage"):
         file, words = files / f"{name}-all.safetensors", tokenizer(folders, name)
-        assert drawn(file, parts=words) == drawn(folders[name])
-        assert drawn(file, parts=words / "tokenizer.json") == drawn(folders[name])
+        assert drawn(file, parts=words) == of_folder(folders[name])
+        assert drawn(file, parts=words / "tokenizer.json") == of_folder(folders[name])
         write, _ = GGUF[name]
         write(folders, tmp_path / f"{name}.gguf")
-        assert drawn(file, parts=tmp_path / f"{name}.gguf") == drawn(folders[name])
+        assert drawn(file, parts=tmp_path / f"{name}.gguf") == of_folder(folders[name])
 
 
 def install(folders: dict[str, Path], root: Path, program: str) -> None:
@@ -500,7 +500,7 @@ def test_an_installation_around_the_models_folder_has_them(
     for name in ("flux", "zimage"):
         file = files / f"{name}-all.safetensors"
         models = {"models_dir": tmp_path / given}
-        assert drawn(file, **models) == drawn(folders[name])
+        assert drawn(file, **models) == of_folder(folders[name])
         model = load_model(file, **CPU, **models)
         wanted = {"comfyui": {"flux": "t5_tokenizer", "zimage": "qwen25_tokenizer"}}.get(
             program, {"flux": "FLUX.1-dev/tokenizer_2", "zimage": "Z-Image/tokenizer"}
@@ -782,7 +782,7 @@ def test_names_of_the_models_folder(
         ("text_encoder", "t5/t5xxl_fp16"),
     }
     given = {"models_dir": models, "parts": ["ae", "clip_l", "t5xxl_fp16"]}
-    assert drawn("flux1-dev", **given) == drawn(folders["flux"])  # type: ignore[arg-type]
+    assert drawn("flux1-dev", **given) == of_folder(folders["flux"])  # type: ignore[arg-type]
     given["parts"] = ["clip_l", "t5.gguf", "ae.safetensors", "t5_tokenizer"]
     model = load_model("flux1-dev", **CPU, **given)
     assert any("t5_tokenizer of the parts is not used" in said for said in model.warnings)
@@ -858,7 +858,7 @@ def test_a_whole_clip_and_an_autoencoder_of_training_are_parts(
     }
     parts = ["kl", "whole", files / "flux-text_encoder_2.safetensors", tokenizer(folders, "flux")]
     given: dict[str, Any] = {"parts": parts, "models_dir": models}
-    assert drawn(files / "flux.safetensors", **given) == drawn(folders["flux"])
+    assert drawn(files / "flux.safetensors", **given) == of_folder(folders["flux"])
     model = load_model(folders["flux"], **CPU, vae="kl", models_dir=models)
     assert model.other_vae is not None
 
@@ -892,7 +892,7 @@ def test_a_server_and_others_take_several(
     given = [f"--parts={part}" for part in parts]
     assert cli.run(["tokens", "a red apple", "--model", file, *given]) == 0
     assert cli.run(["convert", file, "--out", str(tmp_path / "out"), *given]) == 0
-    assert drawn(tmp_path / "out") == drawn(folders["flux"])
+    assert drawn(tmp_path / "out") == of_folder(folders["flux"])
     capsys.readouterr()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "an apple", "steps": 1, "width": 64, "height": 64}))

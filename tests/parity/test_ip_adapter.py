@@ -5,6 +5,7 @@ transformers; and what is refused.
 """
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,13 @@ def models(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
     return {**folders, "xl": root / "xl"}
 
 
+@cache
+def shared(folder: Path, adapter: Path) -> Model:
+    """Return a model for tests that do not change it."""
+    return load_model(folder, device="cpu", dtype="float32", ip_adapter=adapter)
+
+
+@cache
 def theirs(task: str, folder: Path, adapter: Path, scale: float, **parts: Any) -> Any:
     """Return a pipeline of diffusers with an adapter and its encoder."""
     read = transformers.CLIPVisionModelWithProjection.from_pretrained(
@@ -176,7 +184,7 @@ def test_stable_diffusion(
     worst: dict[str, float], models: dict[str, Path], root: Path, kind: str, guidance: float
 ) -> None:
     adapter = root / f"sd1-{kind}.safetensors"
-    model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = shared(models["sd1"], adapter)
     pipe = theirs("StableDiffusionPipeline", models["sd1"], adapter, 0.7)
     given = picture(80, 64)
     size = {"width": 64, "height": 64, "guidance_scale": guidance}
@@ -198,7 +206,7 @@ def test_sdxl(
     worst: dict[str, float], models: dict[str, Path], root: Path, kind: str, guidance: float
 ) -> None:
     adapter = root / f"xl-{kind}.safetensors"
-    model = load_model(models["xl"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = shared(models["xl"], adapter)
     pipe = theirs("StableDiffusionXLPipeline", models["xl"], adapter, 1.0)
     compare(
         worst,
@@ -216,13 +224,13 @@ def test_image_to_image_and_inpainting(
     adapter = root / "sd1-plus.safetensors"
     start, told = picture(seed=2), {"ip_adapter_image": picture()}
     asked = {**told, "image": start, "strength": 0.6, "guidance_scale": 5.0}
-    model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = shared(models["sd1"], adapter)
     pipe = theirs("StableDiffusionImg2ImgPipeline", models["sd1"], adapter, 1.0)
     compare(worst, model, pipe, {**told, "image": start, "strength": 0.6}, **asked)
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
     given = {**told, "image": start, "mask_image": mask, "strength": 0.6}
-    model = load_model(models["inpainting"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = shared(models["inpainting"], adapter)
     pipe = theirs("StableDiffusionInpaintPipeline", models["inpainting"], adapter, 1.0)
     compare(worst, model, pipe, given, **asked, mask=mask)
 
@@ -321,7 +329,7 @@ def test_without_a_picture_it_draws_as_without_an_adapter(
     models: dict[str, Path], root: Path
 ) -> None:
     adapter = root / "sd1-plus.safetensors"
-    model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = shared(models["sd1"], adapter)
     alone = load_model(models["sd1"], device="cpu", dtype="float32")
     expected = drawn(alone)
     assert np.array_equal(drawn(model), expected)
@@ -332,7 +340,7 @@ def test_without_a_picture_it_draws_as_without_an_adapter(
 
 def test_part_of_the_steps(models: dict[str, Path], root: Path) -> None:
     adapter = root / "sd1-base.safetensors"
-    model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = shared(models["sd1"], adapter)
     whole, none = drawn(model, ip_adapter_image=picture(), steps=8), drawn(model, steps=8)
     found = [
         drawn(model, ip_adapter_image=picture(), steps=8, **{f"ip_adapter_{name}": share})
@@ -351,7 +359,7 @@ def test_part_of_the_steps(models: dict[str, Path], root: Path) -> None:
 def test_the_fast_modes_reuse(models: dict[str, Path], root: Path) -> None:
     """Kept attention is computed anew where the picture stops counting."""
     adapter = root / "sd1-plus.safetensors"
-    model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = shared(models["sd1"], adapter)
     asked = {"ip_adapter_image": picture(), "steps": 8, "guidance_scale": 5.0}
     whole, without = drawn(model, **asked), drawn(model, steps=8, guidance_scale=5.0)
     for cuts in ({"cache_every": 2, "cache_branch": 2}, {"text_end": 0.7}, {"guidance_end": 0.8}):
@@ -364,7 +372,7 @@ def test_the_fast_modes_reuse(models: dict[str, Path], root: Path) -> None:
 
 def test_composed_prompts_read_it_beside_each_part(models: dict[str, Path], root: Path) -> None:
     adapter = root / "sd1-base.safetensors"
-    model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = shared(models["sd1"], adapter)
     asked = {"prompt_syntax": "a1111", "guidance_scale": 5.0, "ip_adapter_image": picture()}
     one, two = (drawn(model, prompt=text, **asked) for text in ("a dog", "a dog AND a dog :0"))
     assert np.abs(one - two).max() <= 1
@@ -373,7 +381,7 @@ def test_composed_prompts_read_it_beside_each_part(models: dict[str, Path], root
 def test_with_a_lora(models: dict[str, Path], root: Path, tmp_path: Path) -> None:
     """A LoRA's copy of the UNet knows the places of its cross-attentions."""
     adapter = root / "sd1-base.safetensors"
-    model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = loaded(models, adapter)
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
     torch.manual_seed(0)
     tensors = {"A": torch.randn(2, 32), "B": torch.randn(32, 2)}
@@ -401,7 +409,7 @@ def test_a_refiner_reads_no_picture(models: dict[str, Path], root: Path, tmp_pat
 
 def test_pictures_of_one_call_have_rows_of_their_own(models: dict[str, Path], root: Path) -> None:
     adapter = root / "sd1-plus.safetensors"
-    model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = shared(models["sd1"], adapter)
     usual: dict[str, Any] = {
         **TEXTS,
         "sampler": "ddim",
@@ -435,7 +443,7 @@ def test_pictures_of_one_call_have_rows_of_their_own(models: dict[str, Path], ro
 
 def test_a_picture_is_encoded_once(models: dict[str, Path], root: Path) -> None:
     adapter = root / "sd1-plus.safetensors"
-    model = load_model(models["sd1"], device="cpu", dtype="float32", ip_adapter=adapter)
+    model = loaded(models, adapter)
     calls = list[int]()
     model.image_encoder.vision_model.register_forward_hook(lambda *_: calls.append(1))
     engine = Engine(model)

@@ -49,7 +49,7 @@ class Postgres:
         subprocess.run(
             [
                 *(programs / "initdb", "-D", self._data, "-U", "safelight"),
-                *("--auth=trust", "-E", "UTF8"),
+                *("--auth=trust", "-E", "UTF8", "--no-sync"),
             ],
             check=True,
             capture_output=True,

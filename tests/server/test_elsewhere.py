@@ -367,7 +367,13 @@ def test_a_temporary_folder_that_cannot_be_used_is_waited_for(
         storage_at(f"memory://{uuid.uuid4().hex}").write_with("a", write)
 
 
-QUICK: dict[str, Any] = {"prompt": "a cat", "steps": 2, "sampler": "euler"}
+QUICK: dict[str, Any] = {
+    "prompt": "a cat",
+    "steps": 2,
+    "sampler": "euler",
+    "width": 64,
+    "height": 64,
+}
 
 
 def test_a_store_that_is_away_for_a_while_loses_nothing(bucket: Bucket, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from safelight.server.worker import Worker
 pytestmark = pytest.mark.xdist_group("faults")  # one server for them all
 SAMPLERS = ("euler", "euler_a", "dpmpp_2m", "heun", "ddim")
 VALUES = {"NaN": float("nan"), "Inf": float("inf"), "-Inf": -float("inf")}
+SMALL = {"width": 64, "height": 64}
 NO_MEMORY = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"
 
 
@@ -99,13 +100,15 @@ def test_what_is_no_number_is_never_a_picture(
                     steps=4,
                     sampler=sampler,
                     guidance_scale=4.0,
+                    **SMALL,
                 )
             )
         assert len(calls) >= call
         assert job["status"] == "succeeded", (place, call, value, sampler, job["error"])
         # Another warning comes if this processor has no instructions for bfloat16.
         assert job["warnings"][-1] == f"seed {i} gave NaN in bfloat16 and was drawn in float32"
-        assert len(job["warnings"]) == 1 + len(model_of(server).warnings)
+        assert "was trained on 256x256" in job["warnings"][-2]
+        assert len(job["warnings"]) == 2 + len(model_of(server).warnings)
         assert job["pictures"][0]["recipe"]["dtype"] == "float32"
         recipe = job["pictures"][0]["recipe"]
         assert recipe["warnings"] == job["warnings"]
@@ -237,8 +240,8 @@ def test_out_of_memory_fails_one_job_alone(server: Inside, monkeypatch: pytest.M
     for i in range(times):
         assert server.worker is not None
         loaded(server).engine.capacity.set(8)  # as if it had not learned
-        settings = {"prompt": "a cat", "steps": 1, "sampler": "euler", "seed": i}
-        large = server.submit(**settings, width=512)
+        settings = {"prompt": "a cat", "steps": 1, "sampler": "euler", "seed": i, **SMALL}
+        large = server.submit(**settings | {"width": 512})
         together = server.submit(**settings, count=4)
         failed = server.finished(large)
         assert failed["status"] == "failed"

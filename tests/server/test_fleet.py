@@ -170,7 +170,7 @@ def test_a_worker_draws_several_models_and_declares_which(
             )
             wait_for(lambda: len(server.client.get("/api/models").json()) == 3)
             for name in ("borrowed", "embedded"):
-                job = server.finished(server.submit(**how | {"model": name}))
+                job = server.finished(server.submit(**how, model=name, width=64, height=64))
                 assert (job["status"], job["model"]) == ("succeeded", name)
             # Its size is asked of the worker.
             body = how | {"model": "borrowed", "size": "64x64"}
@@ -401,7 +401,7 @@ def test_a_fleet_draws_and_drains(tmp_path: Path, shared: tuple[Files, Store, st
     """
     _, store, url = shared
     store.close()
-    how = {"steps": 2, "sampler": "euler", "prompt": "a cat"}
+    how = {"steps": 2, "sampler": "euler", "prompt": "a cat", "width": 64, "height": 64}
     with Serving(tmp_path, "--workers", "0", "--database", url) as server:
         answer = server.client.get("/readyz")
         assert answer.status_code == 503

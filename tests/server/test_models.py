@@ -23,7 +23,14 @@ from tests.guiding import controlnet
 
 pytestmark = pytest.mark.xdist_group("models")  # they share a server
 
-TEXT = {"prompt": "a cat", "steps": 4, "sampler": "ddim", "seed": 1}
+TEXT = {
+    "prompt": "a cat",
+    "steps": 4,
+    "sampler": "ddim",
+    "seed": 1,
+    "width": 64,
+    "height": 64,
+}
 
 
 @pytest.fixture(scope="module")

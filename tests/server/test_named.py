@@ -17,7 +17,14 @@ import safelight
 from safelight.recipe import read_recipe
 
 pytestmark = pytest.mark.xdist_group("server loras")
-DRAW: dict[str, Any] = {"prompt": "a cat", "steps": 2, "seed": 5, "sampler": "euler"}
+DRAW: dict[str, Any] = {
+    "prompt": "a cat",
+    "steps": 2,
+    "seed": 5,
+    "sampler": "euler",
+    "width": 64,
+    "height": 64,
+}
 
 
 @pytest.fixture(scope="module")

@@ -348,33 +348,34 @@ class TestDurability:
             assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         database.close()
 
-    def test_told_to_end_it_puts_back_what_it_has_not_finished(self, tmp_path: Path) -> None:
-        serving = Serving(tmp_path, "--exact")
-        with serving:
-            serving.ready()
-            job = serving.submit(prompt="a cat", steps=1000, sampler="euler")
-            wait_for(lambda: serving.job(job)["progress"]["step"] > 0)
-            serving.process.send_signal(signal.SIGTERM)
-            assert serving.process.wait(20) == 0
-            serving.start()
-            found = serving.job(job)
-            assert (found["status"], found["attempts"]) in (("queued", 0), ("running", 1))
+    @pytest.fixture(scope="class")
+    def serving(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+        """Return a server for the tests that end its processes in turn."""
+        with Serving(tmp_path_factory.mktemp("durable"), "--exact") as running:
+            running.ready()
+            yield running
 
-    def test_a_poison_job_fails_and_the_others_finish(self, tmp_path: Path) -> None:
-        serving = Serving(tmp_path, "--exact")
-        with serving:
-            serving.ready()
-            poison = serving.submit(prompt="a dog", steps=1000, sampler="euler")
+    def test_a_poison_job_fails_and_the_others_finish(self, serving: Serving) -> None:
+        poison = serving.submit(prompt="a dog", steps=1000, sampler="euler")
+        wait_for(lambda: serving.job(poison)["progress"]["step"] > 0)
+        others = [serving.submit(prompt="a cat", **QUICK, **SMALL) for _ in range(3)]
+        for _ in range(3):
             wait_for(lambda: serving.job(poison)["progress"]["step"] > 0)
-            others = [serving.submit(prompt="a cat", **QUICK, **SMALL) for _ in range(3)]
-            for _ in range(3):
-                wait_for(lambda: serving.job(poison)["progress"]["step"] > 0)
-                os.kill(serving.worker(), signal.SIGSEGV)
-                wait_for(lambda: serving.job(poison)["progress"]["step"] == 0)
-            assert serving.finished(poison)["status"] == "failed"
-            assert "stopped 3 times" in serving.job(poison)["error"]
-            for other in others:
-                assert serving.finished(other)["status"] == "succeeded"
+            os.kill(serving.worker(), signal.SIGSEGV)
+            wait_for(lambda: serving.job(poison)["progress"]["step"] == 0)
+        assert serving.finished(poison)["status"] == "failed"
+        assert "stopped 3 times" in serving.job(poison)["error"]
+        for other in others:
+            assert serving.finished(other)["status"] == "succeeded"
+
+    def test_told_to_end_it_puts_back_what_it_has_not_finished(self, serving: Serving) -> None:
+        job = serving.submit(prompt="a cat", steps=1000, sampler="euler")
+        wait_for(lambda: serving.job(job)["progress"]["step"] > 0)
+        serving.process.send_signal(signal.SIGTERM)
+        assert serving.process.wait(20) == 0
+        serving.start()
+        found = serving.job(job)
+        assert (found["status"], found["attempts"]) in (("queued", 0), ("running", 1))
 
     def test_a_full_queue_says_when_to_come_back(self, tmp_path: Path) -> None:
         """test_overload gives the bound by --queue."""

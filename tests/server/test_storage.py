@@ -30,7 +30,7 @@ from safelight.server.database import Database
 from safelight.server.store import Store
 
 pytestmark = pytest.mark.xdist_group("storage")  # one server for them all
-QUICK = {"prompt": "a cat", "steps": 2, "sampler": "euler"}
+QUICK = {"prompt": "a cat", "steps": 2, "sampler": "euler", "width": 64, "height": 64}
 FILE = ("write", "fsync", "rename", "sync folder")
 SITES = [
     *(f"keep_input: {part}" for part in FILE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from inside import Inside
@@ -10,9 +11,10 @@ from inside import Inside
 from safelight import cli, machine
 from safelight.recipe import read_recipe
 
-WISHES = [
-    {"prompt": "a red apple", "seed": 1, "steps": 4, "sampler": "euler"},
-    {"prompt": "a cat", "seed": 2, "steps": 3, "sampler": "dpmpp_2m", "guidance_scale": 1.0},
+SMALL = {"width": 64, "height": 64}
+WISHES: list[dict[str, Any]] = [
+    {"prompt": "a red apple", "seed": 1, "steps": 4, "sampler": "euler", **SMALL},
+    {"prompt": "a cat", "seed": 2, "steps": 3, "sampler": "dpmpp_2m", "guidance_scale": 1, **SMALL},
     {"prompt": "an owl", "seed": 3, "steps": 4, "width": 128, "height": 64},
 ]
 

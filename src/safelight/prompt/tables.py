@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 from tokenizers import AddedToken
@@ -58,13 +58,12 @@ def pairs(merges: Iterable[Any], name: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if (
-            not isinstance(pair, list)
-            or len(pair) != 2
-            or not all(isinstance(p, str) for p in pair)
-        ):
+        if not isinstance(pair, list) or len(pair) != 2:
             raise refusal(name, f"{merge!r:.60} is not a pair of tokens")
-        found.append((pair[0], pair[1]))
+        left, right = pair
+        if not isinstance(left, str) or not isinstance(right, str):
+            raise refusal(name, f"{merge!r:.60} is not a pair of tokens")
+        found.append((left, right))
     return found
 
 
@@ -82,6 +81,15 @@ def check_id(number: Any, vocab_size: int, label: str) -> None:
     """Raise SafelightError for a token's id that the text encoder does not know."""
     if type(number) is not int or not 0 <= number < vocab_size:
         raise refusal(label, f"token id {number!r:.40}; the text encoder has {vocab_size}")
+
+
+def check_ids(numbers: Collection[Any], vocab_size: int, label: str) -> None:
+    """Raise SafelightError if one of a vocabulary's ids is not known to the text encoder."""
+    known = range(vocab_size)
+    if {*map(type, numbers)} <= {int} and all(map(known.__contains__, numbers)):
+        return
+    for number in numbers:
+        check_id(number, vocab_size, label)
 
 
 def added_tokens(

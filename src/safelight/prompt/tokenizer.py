@@ -25,7 +25,7 @@ from safelight.prompt.learned import Learned, taught, two_of_one_name
 from safelight.prompt.tables import (
     LARGE,
     added_tokens,
-    check_id,
+    check_ids,
     mark,
     merges_in,
     pairs,
@@ -314,8 +314,7 @@ def folder_tokenizer(
         merges = merges_in(folder, f"{part}/merges.txt")
     else:
         vocab, merges = tokenizer_json(folder, part)
-    for number in vocab.values():
-        check_id(number, vocab_size, folder.label)
+    check_ids(vocab.values(), vocab_size, folder.label)
     length = config.get("model_max_length", positions)
     if isinstance(length, bool) or not isinstance(length, int | float):
         raise refusal(f"{part}/tokenizer_config.json", f"model_max_length is {length!r:.40}")

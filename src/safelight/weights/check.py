@@ -329,7 +329,8 @@ def read_json(path: Path, limit: int = 2**20, name: str | None = None) -> dict[s
         return float(text)
 
     def integer(text: str) -> int:
-        number(text)  # so that it can become a float wherever one is needed
+        if len(text) > 300:  # so that it can become a float wherever one is needed
+            number(text)
         return int(text)
 
     try:

@@ -360,10 +360,10 @@ def _cached() -> Iterator[tuple[CachedRepoInfo, CachedRevisionInfo]]:
 
     It is the newest one that has a model's index, if there is any.
     """
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, RuntimeError):  # the latter where there is no home directory
         return
     for repo in sorted(repos, key=lambda repo: repo.repo_id):
