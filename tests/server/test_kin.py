@@ -107,7 +107,7 @@ def test_a_trusted_proxy_needs_a_token(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("SAFELIGHT_TOKEN", raising=False)
     given = ["serve", "--data-dir", str(tmp_path), "--trust-proxy", "127.0.0.1"]
     done = CliRunner().invoke(command_line, given)
-    assert "--trust-proxy lets other machines in: give a token" in str(done.exception)
+    assert "--trust-proxy lets other machines in: add --token auto" in str(done.exception)
 
 
 def test_the_address_that_is_printed_leads_on(
@@ -309,7 +309,7 @@ def test_an_editor_has_few_layers() -> None:
     """Each layer is decoded, and one uploaded file may be named thousands of times."""
     layers = [SimpleNamespace(path="x")] * (easel.MAX_LAYERS + 1)
     picture = SimpleNamespace(background=SimpleNamespace(path="x"), layers=layers)
-    suits = Suits(controlnet="edges", ip_adapter="face")
+    suits = Suits(controlnets=("edges",), ip_adapter="face")
     for place, named in enumerate(
         ("the picture", "the control image", "the picture of the prompt")
     ):

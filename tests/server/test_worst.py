@@ -169,6 +169,11 @@ def png_info(client: httpx.Client, data: bytes) -> Callable[[], int]:
     return sent(client, "/sdapi/v1/png-info", json={"image": text})
 
 
+def extras(client: httpx.Client, data: bytes) -> Callable[[], int]:
+    text = base64.b64encode(data).decode()
+    return sent(client, "/sdapi/v1/extra-single-image", json={"image": text})
+
+
 def edits(client: httpx.Client, data: bytes) -> Callable[[], int]:
     form = {"prompt": "a cat", "size": "64x64", "steps": "2"}
     return sent(client, "/v1/images/edits", data=form, files={"image": ("a.png", data)})
@@ -204,6 +209,7 @@ ENTRANCES = {
     "jobs, masked": masked,
     "img2img": img2img,
     "png-info": png_info,
+    "extras": extras,
     "edits": edits,
     "upload": upload,
 }
@@ -259,6 +265,8 @@ ROUTES = {
     "/sdapi/v1/txt2img": 64,
     "/sdapi/v1/img2img": 64,
     "/sdapi/v1/png-info": 64,
+    "/sdapi/v1/extra-single-image": 64,
+    "/sdapi/v1/extra-batch-images": 64,
     "/sdapi/v1/interrupt": 1,
     "/sdapi/v1/skip": 1,
     "/sdapi/v1/options": 1,
