@@ -5,6 +5,7 @@ from PIL import Image
 
 from safelight.batch.check import _told
 from safelight.errors import SafelightError
+from safelight.picture import open_pictures
 from safelight.request import Request
 from safelight.request_pictures import (
     INPUTS,
@@ -66,6 +67,17 @@ def test_more_than_a_setting_may_have_is_refused(given: dict[str, object], told:
     with pytest.raises(SafelightError, match=told) as caught:
         by_input(given)
     assert caught.value.field in given
+
+
+def test_reference_images_in_python() -> None:
+    assert Request(prompt="a", reference_images=None).reference_images == ()
+    with pytest.raises(SafelightError, match="must be a list of at most 10 pictures, not 11"):
+        Request(prompt="a", reference_images=[RED] * 11)
+
+
+def test_too_many_files_are_refused_before_one_is_opened() -> None:
+    with pytest.raises(SafelightError, match="must be a list of at most 10 pictures, not 11"):
+        open_pictures({"reference_images": ["nowhere.png"] * 11})
 
 
 def test_a_stored_request_has_a_digest_for_each() -> None:

@@ -121,8 +121,9 @@ class TestTheSettings:
         hints = typing.get_type_hints(RequestSettings)
         for setting in settings_of(Request).values():
             kinds = typing.get_args(hints[setting.name]) or (hints[setting.name],)
-            # A seed may be None, for a random one.
-            assert (type(None) in kinds) == (setting.optional or setting.name == "seed")
+            # None is a random seed, and no reference pictures.
+            may_be_none = setting.optional or setting.name in ("seed", "reference_images")
+            assert (type(None) in kinds) == may_be_none
 
     def test_a_schema_has_json_schema_s_own_keywords(self) -> None:
         properties = json_schema(Request)["properties"]

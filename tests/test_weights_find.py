@@ -537,6 +537,20 @@ def test_the_file_that_a_tokenizer_lacks_is_named(lost, told, tmp_path):
     refused(lambda: files_of(index, names - {*lost}, "x"), told)
 
 
+def test_the_tokenizer_of_qwen_may_be_in_its_older_files():
+    """As in the repository of Qwen-Image."""
+    index = {"_class_name": "QwenImagePipeline"}
+    parts = ("transformer/diffusion_pytorch_model", "text_encoder/model")
+    parts += ("vae/diffusion_pytorch_model",)
+    names = [f"{part}.safetensors" for part in parts]
+    names += [f"{part.partition('/')[0]}/config.json" for part in parts]
+    names += ["model_index.json", "scheduler/scheduler_config.json"]
+    names += [f"tokenizer/{n}" for n in ("vocab.json", "merges.txt", "tokenizer_config.json")]
+    assert files_of(index, names, "x") == sorted(names)
+    del names[-2]
+    refused(lambda: files_of(index, names, "x"), "tokenizer/merges.txt is missing")
+
+
 @pytest.mark.parametrize("target", ["/etc/hostname", "../outside.json", "../model-evil/c.json"])
 def test_a_link_out_of_the_folder_is_refused(target, tmp_path):
     folder = text_folder(tmp_path / "model")

@@ -18,6 +18,7 @@ from safelight.weights import library as module
 from safelight.weights import load_model, plan
 from safelight.weights.digest import digest_file
 from safelight.weights.find import find
+from safelight.weights.kinds import kind_of
 from safelight.weights.library import Library, open_library
 from weights_tiny import pixel_folder, refused, text_folder, write
 
@@ -129,6 +130,23 @@ def test_a_file_in_the_root_is_what_its_content_says(root):
     write(root / "notes/a.safetensors", "a folder that no program has")
     found = {(e.kind, e.name) for e in Library(root).entries()}
     assert found == {(k, f"{k}-file") for k in A1111} | {("model", "pixels")}
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["conv_first.weight", "body.0.rdb1.conv1.weight"], "upscaler"),
+        (["body.0.weight", "body.1.weight"], "upscaler"),
+        (["conv_in.weight", "body.0.block1.weight"], "controlnet"),
+        (["body.0.in_conv.weight", "body.0.body.0.block1.weight"], "controlnet"),
+    ],
+)
+def test_upscalers_are_no_t2i_adapters(tmp_path, names, kind):
+    tensors = {name: torch.zeros(1, 1, 1, 1) for name in names}
+    assert kind_of(tensors) == kind
+    told = {"upscaler": "this is an upscaler", "controlnet": "this is a T2I-Adapter"}[kind]
+    path = file(tmp_path / "a.safetensors", tensors)
+    refused(lambda: load_model(path), told)
 
 
 def test_a_lora_of_diffusers_older_names_is_no_model(root):

@@ -65,6 +65,12 @@ def dat() -> nn.Module:
     )  # fmt: skip
 
 
+def moesr() -> nn.Module:
+    from spandrel.architectures.MoESR import MoESR
+
+    return lively(MoESR(dim=8, n_blocks=1, n_block=1, scale=2, upsample_dim=8))
+
+
 ALL: dict[str, Callable[[], nn.Module]] = {
     "ESRGAN": esrgan, "RealESRGAN Compact": compact, "SPAN": span, "SwinIR": swinir, "HAT": hat,
     "DAT": dat,

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from PIL import Image, ImageDraw, ImageFont
 
+from safelight.controls import scaled
 from safelight.errors import SafelightError
+from safelight.families.control import CONTROL
 from safelight.picture import save_png
 from safelight.recipe import png_texts
 from safelight.request import Request
@@ -97,7 +99,7 @@ def _shown(value: object) -> str:
     if value is None:
         return "default"
     if isinstance(value, list | tuple):
-        return ", ".join(value) or "none"
+        return ", ".join(map(_shown, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value) or "(empty)"
 
 
@@ -121,6 +123,8 @@ def requests(base: Request, x: Axis, y: Axis | None = None) -> list[list[Request
 def _cell(base: Request, values: dict[str, Any]) -> Request:
     """Return the request of a cell; a value of None leaves that setting out."""
     given = {name: value for name, value in values.items() if value is not None}
+    if (scale := CONTROL[1]) in given:
+        given[scale] = scaled(getattr(base, scale), given[scale])
     return base.without(*(values.keys() - given.keys())).replace(**given)
 
 

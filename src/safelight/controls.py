@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
 from safelight.families.control import CONTROL
-from safelight.request_pictures import MAX_CONTROLS, each
+from safelight.request_pictures import MAX_CONTROLS, each, inputs_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from safelight.request import Request
 
 _NUMBERS = CONTROL[1:]
+_BLANK = (8, 8)
+"""The smallest size that a picture is read at."""
 
 CONTROLNETS = ("controlnet", *(f"controlnet_{place}" for place in range(2, MAX_CONTROLS + 1)))
 """The names of a model's ControlNets among its parts, in the order of the pictures."""
@@ -64,10 +66,74 @@ def guides(request: Request) -> Iterator[tuple[Image, Guide]]:
         yield from zip(pictures, guides_of(settings, len(pictures)), strict=True)
 
 
+def scaled(scales: Any, scale: Any) -> Any:
+    """Return control_scale with another value; networks that are off beside others stay off.
+
+    scales: the value so far.
+    """
+    if isinstance(scale, tuple) or not (any(each(scales)) and 0 in each(scales)):
+        return scale
+    return tuple(scale if one else 0.0 for one in each(scales))
+
+
+def first_guide(request: Request) -> Image | None:
+    """Return the first picture that guides; the first of all if every network is off."""
+    found = [*guides(request)]
+    return next((one for one, guide in found if guide.scale), found[0][0] if found else None)
+
+
+def left_small(request: Request, size: tuple[int, int]) -> list[str]:
+    """Return the inputs that need not become as large as a size: those of networks that are off."""
+    return [
+        name
+        for name, (picture, guide) in zip(inputs_of(CONTROL[0]), guides(request), strict=False)
+        if not guide.scale and picture.width * picture.height <= size[0] * size[1]
+    ]
+
+
+def blank() -> Image:
+    """Return the picture that stands in for one that a network which is off would have."""
+    from PIL import Image
+
+    return Image.new("RGB", _BLANK)
+
+
+def is_blank(digest: Any) -> bool:
+    """Return whether a picture's digest is that of `blank`."""
+    from safelight.pixels import picture_sha256
+
+    return digest is not None and digest == picture_sha256(blank())
+
+
+def with_blanks(pictures: Mapping[str, Any], digests: Mapping[str, Any]) -> dict[str, Any]:
+    """Return pictures by their settings, with the blank ones that were not given again.
+
+    digests: of stored settings, by inputs.
+    """
+    given = each(pictures.get(CONTROL[0]))
+    asked = [one for name in inputs_of(CONTROL[0]) if (one := digests.get(name)) is not None]
+    if not given or len(given) >= len(asked):
+        return {**pictures}
+    off = [*map(is_blank, asked)]
+    if len(given) + sum(off) != len(asked):
+        return {**pictures}
+    rest = iter(given)
+    filled = tuple(blank() if one else next(rest) for one in off)
+    return {**pictures, CONTROL[0]: filled}
+
+
 def check_control(request: Request) -> None:
     """Raise SafelightError if the settings of the pictures that guide do not fit one another."""
-    numbers = {name: each(getattr(request, name)) for name in _NUMBERS}
-    pictures = len(control_images(request))
+    settings = {name: getattr(request, name) for name in _NUMBERS}
+    check_numbers(settings, len(control_images(request)))
+
+
+def check_numbers(settings: Mapping[str, Any], pictures: int) -> None:
+    """Raise SafelightError as `check_control` does.
+
+    settings: of a request, by name. pictures: how many there are.
+    """
+    numbers = {name: each(settings[name]) for name in _NUMBERS}
     count = pictures or max(map(len, numbers.values()))
     for name, given in numbers.items():
         if len(given) not in (1, count):

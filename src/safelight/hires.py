@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
+from safelight.families.references import size_to_draw
 from safelight.pixels import resized
 from safelight.sizes import MAX_SIDE, allowed_side
 
@@ -60,7 +61,7 @@ def check_model(model: Model | Plan, request: Request) -> None:
             f"needs an encoder, and the tiny autoencoder of {model.name} has none: put its "
             "encoder's file beside it, or leave hires_scale out"
         )
-    final_size(request, model.native_size)
+    final_size(request, size_to_draw(model, request) or model.native_size)
 
 
 @contextmanager
@@ -95,7 +96,8 @@ def _refused(why: str) -> SafelightError:
 def final_size(request: Request, native: tuple[int, int]) -> tuple[int, int]:
     """Return width and height of the finished picture, of a request that is `fitted`.
 
-    native: the model's own width and height. Raises SafelightError if they are too large.
+    native: the width and height that are drawn if neither the request nor its pictures say others:
+    the model's own, or `size_to_draw`. Raises SafelightError if the finished ones are too large.
     """
     sized = native if request.sized_by is None else request.sized_by.size
     size = request.width or sized[0], request.height or sized[1]

@@ -22,7 +22,7 @@ class Pictures(TypedDict, total=False):
     mask: Image | None
     control_image: Image | Sequence[Image] | None
     ip_adapter_image: Image | None
-    reference_images: Sequence[Image] | Image
+    reference_images: Sequence[Image] | Image | None
 
 
 class GenerateSettings(TypedDict, total=False):
@@ -51,7 +51,7 @@ class GenerateSettings(TypedDict, total=False):
     eta: float
     image: Image | None
     mask: Image | None
-    reference_images: Sequence[Image] | Image
+    reference_images: Sequence[Image] | Image | None
     mask_padding: int | None
     mask_blur: float
     mask_content: MaskContent

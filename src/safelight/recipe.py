@@ -260,15 +260,14 @@ def read_recipe(source: str | Path | bytes) -> dict[str, Any]:
 def read_texts(source: str | Path | bytes) -> dict[str, str]:
     """Return the texts of a picture that hold a recipe: `safelight`, `parameters`, both or none.
 
-    Raises SafelightError as `read_recipe` does, but not for a picture without a recipe.
+    They are not checked: `safelight` may be another program's. Raises SafelightError as
+    `read_recipe` does for a broken PNG and one of too long a recipe.
     """
     name = name_of(source, "picture")
     with opened(source, name) as image:
         if not isinstance(image, PngImagePlugin.PngImageFile):
             return {}
         texts = _texts(image, name)
-    if "safelight" in texts:
-        parsed(texts["safelight"], name)
     return {key: texts[key] for key in ("parameters", "safelight") if key in texts}
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from safelight.adapters.asked import MAX_NAME, AskedLora
-from safelight.controls import check_control
+from safelight.controls import check_control, first_guide, left_small, with_blanks
 from safelight.errors import SafelightError
 from safelight.families.control import OF_PICTURES
 from safelight.hires import check_hires, taken, unused_hires
@@ -271,7 +271,10 @@ class Request(RequestFields, metaclass=_Listed):
     ) -> Self:
         """Return the same request with pictures, RGB, and a mask, L of 0 and 255; not copied."""
         given = {"image": image, "mask": mask, **others}
-        return self._with_pictures({n: one for n, one in given.items() if one is not None}, {})
+        given = {name: one for name, one in given.items() if one is not None}
+        for name, pictures in given.items():
+            check_area(name, each(pictures))
+        return self._with_pictures(given, {})
 
     def _with_pictures(self, pictures: Mapping[str, Any], digests: Mapping[str, str]) -> Self:
         """Return the same request with pictures. digests: of the originals, where they differ."""
@@ -291,11 +294,11 @@ class Request(RequestFields, metaclass=_Listed):
         size = size_of(self.sized_by.size, self.width, self.height, name=name, native=native)
         if self.hires_scale != 1:  # the engine fits them to each pass
             return self.model_copy(update=dict(zip(("width", "height"), size, strict=True)))
-        how = {"mask": Resampling.NEAREST}
+        how, small = {"mask": Resampling.NEAREST}, left_small(self, size)
         pictures = {
             name: resized(picture, size, how.get(name, Resampling.LANCZOS))
             for name, picture in self.pictures.items()
-            if picture.size != size and setting_of(name) in DRAWN
+            if picture.size != size and setting_of(name) in DRAWN and name not in small
         }
         if not pictures:
             return self
@@ -310,8 +313,8 @@ class Request(RequestFields, metaclass=_Listed):
 
     @property
     def sized_by(self) -> Image | None:
-        """The picture whose size is drawn if none is asked for."""
-        return None if self.is_cropped else self.image or self.pictures.get("control_image")
+        """The picture whose size is drawn if none is asked for: the first that counts."""
+        return None if self.is_cropped else self.image or first_guide(self)
 
     @property
     def is_cropped(self) -> bool:
@@ -357,12 +360,13 @@ class Request(RequestFields, metaclass=_Listed):
             raise SafelightError(
                 f"{name} stands in a request as {digest_key(name)} alone, its digest", field=name
             )
-        check_there(by_input(pictures), digests)
+        given = with_blanks(pictures, digests)
+        check_there(by_input(given), digests)
         if fitted:
-            request = cls(**settings).with_pictures(**pictures)
+            request = cls(**settings).with_pictures(**given)
             request._digests = {name: one for name, one in digests.items() if one}
         else:
-            request = cls(**settings, **pictures)
+            request = cls(**settings, **given)
         for name, picture in request.pictures.items():
             check_digest(name, digests[name], request._digest(name, picture))
         return request

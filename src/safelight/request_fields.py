@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from safelight.keywords import EmptyNegative, Linears, MaskContent
 from safelight.request_basics import BasicFields
-from safelight.request_pictures import MAX_REFERENCES
+from safelight.request_pictures import MAX_REFERENCES, REFERENCES, by_input
 from safelight.request_ranges import (
     CacheBranch,
     CacheEvery,
@@ -41,10 +41,13 @@ _INPAINTING, _HIRES = "Inpainting", "Second pass"
 
 
 def _as_pictures(value: object) -> object:
-    """Return a list of pictures, or a picture alone, as a tuple."""
-    if isinstance(value, Image):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
+    """Return a list of pictures, or a picture alone, as a tuple; None as an empty one.
+
+    Raises SafelightError for too many.
+    """
+    if value is None or isinstance(value, Image | list | tuple):
+        return tuple(by_input({REFERENCES: value}).values())
+    return value
 
 
 class RequestFields(BasicFields):

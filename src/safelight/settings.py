@@ -189,13 +189,15 @@ class Setting:
     def parse(self, text: str) -> Any:
         """Return the value that a text stands for, or the text unchanged if it is no such value.
 
-        The values of a list are separated by commas or line ends. `Request` checks the value, and
-        says what would be right.
+        The values of a list are separated by commas or line ends; one value is itself where the
+        setting takes that. `Request` checks the value, and says what would be right.
         """
-        parts = tuple(part for part in map(str.strip, re.split(r"[,\n]", text)) if part)
-        if self.kind is tuple:
-            return parts
-        return tuple(map(self._parse_one, parts)) if self.several else self._parse_one(text)
+        if not (self.several or self.listed):
+            return self._parse_one(text)
+        parts = [part for part in map(str.strip, re.split(r"[,\n]", text)) if part]
+        if not self.listed and len(parts) < 2:
+            return self._parse_one(parts[0] if parts else text)
+        return tuple(parts if self.kind is tuple else map(self._parse_one, parts))
 
     def _parse_one(self, text: str) -> Any:
         try:
@@ -233,6 +235,7 @@ class Setting:
         if self.multiple is not None:
             plain["multipleOf"] = self.multiple
         array = {"type": "array", "items": plain, "maxItems": self.most}
+        array |= {} if self.listed else {"minItems": 1}
         one, several = self.kind is not tuple, [array] if self.several else []
         plain = {"anyOf": [*([plain] if one else []), *several, {"type": "null"}]}
         accepts = self.accepts if self.kind else f"{_PICTURE}{self._or_several}"
@@ -278,7 +281,8 @@ def json_schema(request_type: type[Request]) -> dict[str, Any]:
 
 def explained(request_type: type[Request], error: ValidationError) -> SafelightError:
     """Return one line for the first of pydantic's findings about a request."""
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    first = found[0]
     if isinstance(own := first.get("ctx", {}).get("error"), SafelightError):
         return own
     if not first["loc"]:
@@ -286,8 +290,16 @@ def explained(request_type: type[Request], error: ValidationError) -> SafelightE
     name = str(first["loc"][0])
     if first["type"] == "extra_forbidden":
         return unknown_setting(name, request_type.model_fields)
+    # Of a list, the member that is wrong is named: pydantic tries one value before the list.
+    inside = (one for one in found if one["loc"][0] == name and _is_of_list(one["loc"]))
+    given = next(inside, first)["input"]
+    told = f"{len(given)} values" if isinstance(given, tuple | list) else shown(given)
     must_be = settings_of(request_type)[name].must_be
-    return SafelightError(f"{name} must be {must_be}, not {shown(first['input'])}", field=name)
+    return SafelightError(f"{name} must be {must_be}, not {told}", field=name)
+
+
+def _is_of_list(place: tuple[int | str, ...]) -> bool:
+    return any(isinstance(part, int) for part in place)
 
 
 def unknown_setting(name: str, known: Mapping[str, Any]) -> SafelightError:

@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import diffusers
 import pytest
@@ -17,13 +18,18 @@ from safelight.adapters.keys import family_of, family_of_keys
 from safelight.errors import SafelightError
 from safelight.families import qwenimage
 from safelight.families.flow_files import Published
+from safelight.families.latent import TINY_PART, VAE_PART
+from safelight.families.qwenimage import QWEN_VAE_PART
+from safelight.families.qwenimage_files import other_kind
 from safelight.recipe import read_recipe
 from safelight.weights import load_model
 from safelight.weights.convert import convert
 from safelight.weights.estimate import estimate
+from safelight.weights.find import Source
 from safelight.weights.hub import files_of
 from safelight.weights.kinds import kind_of
 from safelight.weights.library import Library
+from safelight.weights.vae_file import check_kind
 from tests.gguf_text import llama_file, qwen_metadata
 from tests.parity.flow_models import (
     ASKED,
@@ -281,6 +287,13 @@ def test_autoencoders_of_other_families_are_refused(
 LORA = (*LAYERS, "img_mlp.net.2", "txt_mlp.net.0.proj", "img_mod.1")
 
 
+def test_tiny_autoencoders_are_of_other_latents() -> None:
+    """Those of FLUX.1 and Stable Diffusion 3 have as many channels."""
+    source = Source("taef1", Path("taef1"))
+    refused(lambda: check_kind(source, TINY_PART, QWEN_VAE_PART), "AutoencoderTiny does not fit")
+    check_kind(source, TINY_PART, VAE_PART)
+
+
 def test_loras(folder: Path, tmp_path: Path) -> None:
     """In the names of diffusers and of trainers; the files for few steps have bare names."""
     model = load_model(folder, **CPU, plain=True)
@@ -337,6 +350,24 @@ def test_other_models_of_the_kind(states: dict[str, State], tmp_path: Path) -> N
         refused(lambda path=path: load_model(path, **CPU), said, "from text alone")
     named = edited(states, tmp_path, "qwen-image-special-edition")
     refused(lambda: load_model(named, **CPU), "the file has no vae")
+
+
+def test_names_of_other_models_of_the_kind() -> None:
+    def told(name: str) -> str | None:
+        return other_kind(cast(Any, SimpleNamespace(name=name, tensors={})), "")
+
+    for name in (
+        "qwenImageEditRapid_v90",
+        "qwenEdit_v1",
+        "Qwen-Image-EditPlus",
+        "QWEN_IMAGE_EDIT",
+        "qwenimageedit2511",
+        "qwen-edit",
+    ):
+        assert told(f"{name}.safetensors") == "Qwen-Image-Edit", name
+    for name in ("Edition", "EDITION", "edition", "Credit", "CREDIT", "meditation"):
+        assert told(f"Qwen-Image-{name}.gguf") is None, name
+        assert told(f"qwenImage{name}.gguf") is None, name
 
 
 @pytest.mark.parametrize("kind", ["Edit", "EditPlus", "Layered", "ControlNet", "21"])

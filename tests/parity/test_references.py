@@ -9,6 +9,7 @@ import pytest
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 
+from safelight.batch.estimate import _cost
 from safelight.engine import Engine
 from safelight.engine.references import middle
 from safelight.engine.requests import new_result, resolve_request
@@ -141,6 +142,20 @@ def test_the_size_of_the_picture_is_drawn(klein: Path, kontext: Path) -> None:
 
 
 # --- what they cost ------------------------------------------------------------------------------
+
+
+def test_an_estimate_of_a_batch_counts_them(klein: Path, tmp_path: Path) -> None:
+    """SQLite has the row's list of files as text. The first one's size is drawn."""
+    files = [str(tmp_path / f"{i}.png") for i in (0, 1)]
+    for file, size in zip(files, ((96, 64), (64, 80)), strict=True):
+        shown(size).save(file)
+    row: dict[str, Any] = {"steps": 3, "guidance_scale": 1.0}
+    wanted = 3 * (96 * 64 + 96 * 64 + 64 * 80)
+    assert _cost(ours(klein), {**row, "reference_images": files}) == wanted
+    row["reference_images"] = json.dumps(files)
+    assert _cost(ours(klein), row) == wanted
+    twice = {**row, "hires_scale": 2.0, "hires_strength": 1.0}
+    assert _cost(ours(klein), twice) == wanted + 3 * (192 * 128 + 96 * 64 + 64 * 80)
 
 
 def test_bfloat16(klein: Path) -> None:

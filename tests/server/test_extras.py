@@ -6,7 +6,9 @@ import asyncio
 import base64
 import io
 import json
+import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from safelight.picture import encode, largest_difference
 from safelight.recipe import png_texts, read_recipe, read_texts
 from safelight.result import Result
 from safelight.server import enlargements
+from safelight.server.apis import sdapi_extras
+from safelight.server.upscaling import Wanted
 from safelight.upscaling import names
 from safelight.upscaling.upscaler import Upscaler, load_upscaler
 from tests import upscalers_tiny as tiny
@@ -109,14 +113,17 @@ def test_without_a_network_the_server_does_it(server: Inside) -> None:
     assert made.tobytes() == PICTURE.resize((60, 36), Image.Resampling.LANCZOS).tobytes()
 
 
-def test_a_recipe_is_kept(server: Inside) -> None:
+def with_recipe() -> str:
     settings = {
         "prompt": "a cat", "negative_prompt": "", "sampler": "euler", "steps": 3, "seed": 5,
         "guidance_scale": 7.5, "schedule": None,
     }  # fmt: skip
     result = Result([PICTURE], [5], settings, "tiny", "ab" * 32, "cpu", "float32")
-    texts = png_texts(result.recipe())
-    _, png = enlarged(server, image=as_base64(PICTURE, texts), upscaler_1="4x-Tiny")
+    return as_base64(PICTURE, png_texts(result.recipe()))
+
+
+def test_a_recipe_is_kept(server: Inside) -> None:
+    _, png = enlarged(server, image=with_recipe(), upscaler_1="4x-Tiny")
     recipe = read_recipe(png)
     assert recipe["settings"]["prompt"] == "a cat"
     assert [one["name"] for one in recipe["upscaled"]] == ["4x-Tiny"]
@@ -127,6 +134,38 @@ def test_a_recipe_is_kept(server: Inside) -> None:
     (warning,) = answer.json()["warnings"]
     assert warning.startswith("the picture's recipe was left out: ")
     assert warning in answer.json()["html_info"].replace("&#x27;", "'")
+
+
+def test_a_recipe_that_verify_could_not_repeat_is_left_out(server: Inside) -> None:
+    image = with_recipe()
+    size = {"resize_mode": 1, "upscaling_resize_w": 60, "upscaling_resize_h": 60}
+    for crop, kept in ((True, {"parameters"}), (False, {"parameters", "safelight"})):
+        body = {"image": image, "upscaler_1": "Lanczos", "upscaling_crop": crop, **size}
+        assert set(read_texts(enlarged(server, **body)[1])) == kept
+
+
+def test_the_pixels_of_a_call_are_bounded_before_any_work(
+    server: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdapi_extras, "MAX_PIXELS", 2 * 80 * 48)
+    monkeypatch.setattr(Upscaler, "call", None)  # none is called
+    for upscaler_1 in ("4x-Tiny", "Lanczos"):
+        body = {"imageList": [{"data": as_base64(PICTURE)}] * 3, "upscaler_1": upscaler_1}
+        answer = server.ask("POST", "/sdapi/v1/extra-batch-images", body)
+        assert answer.status == 422
+        assert "million pixels once they are enlarged, all together" in answer.json()["detail"]
+    body["imageList"].pop()
+    assert server.ask("POST", "/sdapi/v1/extra-batch-images", body).status == 200
+
+
+def test_the_scale_of_a_name() -> None:
+    told = {
+        "4x-UltraSharp": 4, "4xNomos8kSC": 4, "2xLexicaRRDBNet_Sharp": 2, "1xDeJPG_OmniSR": 1,
+        "2xNomosUni_span_multijpg": 2, "2x_AniScale": 2, "RealESRGAN_x2plus": 2, "HAT-L_SRx4": 4,
+        "8x_NMKD-Superscale_150000_G": 8, "SwinIR_4x": 4, "realesr-general-x4v3": 4, "other": 4,
+        "001_classicalSR_DIV2K_s48w8_SwinIR-M_x2": 2,
+    }  # fmt: skip
+    assert {name: sdapi_extras.scale_of(name) for name in told} == told
 
 
 def test_several_pictures_in_a_call(server: Inside, folder: Path) -> None:
@@ -263,6 +302,43 @@ def test_others_draw_meanwhile(server: Inside, monkeypatch: pytest.MonkeyPatch) 
     finally:
         held.go_on.set()
     assert coming.result(60).status == 200
+
+
+def test_a_picture_is_in_no_memory_of_the_server_while_the_worker_enlarges_it(
+    server: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    kept: list[weakref.ref[Image.Image]] = []
+    begin = enlargements.Enlargements.begin
+
+    def noted(self: Any, picture: Image.Image, *rest: Any) -> Any:
+        kept.append(weakref.ref(picture))
+        return begin(self, picture, *rest)
+
+    monkeypatch.setattr(enlargements.Enlargements, "begin", noted)
+    coming = begun(server, {"image": as_base64(PICTURE), "upscaler_1": "4x-Tiny"})
+    try:
+        assert held.began.wait(30)
+        wait_for(lambda: not kept[0]())
+    finally:
+        held.go_on.set()
+    assert coming.result(60).status == 200
+
+
+def test_files_of_a_caller_who_left_during_the_last_step_do_not_stay(
+    server: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = server.data / "upscaling" / "gone"
+    folder.mkdir(parents=True)
+    server.hub.enlargements.answer("gone", [], None, None)
+    assert not folder.exists()
+    assert server.worker is not None
+    PICTURE.save(tmp_path / "in.png")
+    work = server.worker._upscaling._steps("gone", tmp_path, Wanted((80, 48), (("Lanczos", 1.0),)))
+    next(work)
+    shutil.rmtree(tmp_path)
+    assert next(work, None) is None
+    assert not tmp_path.exists()
 
 
 def test_a_caller_who_leaves_stops_the_work(

@@ -16,13 +16,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from safelight import SafelightError, cli
+from safelight.controls import blank, is_blank
 from safelight.recipe import read_recipe
 from safelight.request import Request
 from safelight.server.apis.sdapi_bodies import TextToImage
-from safelight.server.apis.sdapi_control import guiding_units
+from safelight.server.apis.sdapi_control import check_room, guiding_units
 from safelight.studio import entries
 from safelight.studio.form import Form
-from safelight.studio.recipes import recipe_settings
+from safelight.studio.nets import arranged, lost, named, recorded
+from safelight.studio.recipes import controlnets_in, recipe_settings
 from safelight.studio.suits import Suits
 from tests.guiding import as_base64, controlnet, edges
 
@@ -141,6 +143,8 @@ def test_units_of_automatic1111s_extension(server: Inside) -> None:
         assert settings["control_scale"] == scales
         assert settings["control_end"] in (ends, [ends, ends])
         assert settings["control_image_2_sha256"]
+        # A ControlNet that no unit is for has a blank picture, which verify does not ask for.
+        assert is_blank(settings["control_image_sha256"]) is (len(given) == 1)
     listed = server.ask("GET", "/controlnet/model_list").json()["model_list"]
     assert listed == ["edges", "depth"]
     assert server.ask("GET", "/controlnet/settings").json() == {"control_net_unit_count": 2}
@@ -152,6 +156,13 @@ def test_units_that_ask_for_more_than_is_here() -> None:
     found, warnings = guiding_units(three, there)
     assert [one.place for one in found] == [0, 1]
     assert warnings == ["controlnet: 2 of 3 units guide, one for each ControlNet here"]
+    _, warnings = guiding_units(TextToImage(**units({}, {"image": None})), there)
+    assert warnings == ["alwayson_scripts: ControlNet has a unit without a picture"]
+    start = Request(image=Image.new("RGB", (5000, 5000)), mask_padding=0)
+    start = start.with_pictures(start.image, Image.new("L", (5000, 5000)))
+    check_room(found, start, (64, 64))
+    with pytest.raises(SafelightError, match="3 units at 5000x5000 have more than 64 million"):
+        check_room([*found, found[0]], start, (64, 64))
     with pytest.raises(SafelightError, match="no model 'pose', only 'edges', 'depth'"):
         guiding_units(TextToImage(**units({}, {"model": "pose"})), there)
     with pytest.raises(SafelightError, match="weight must be a number, not a list"):
@@ -187,7 +198,7 @@ def test_the_form_has_an_editor_for_each(server: Inside) -> None:
     import gradio as gr
 
     suits = Suits.of(server.hub.names, None, {})
-    assert (suits.controlnet, suits.guides) == ("edges, depth", 2)
+    assert (suits.controlnets, suits.guides) == (("edges", "depth"), 2)
 
     async def made() -> Form:  # without a loop Gradio makes one and leaves it open
         with gr.Blocks():
@@ -209,7 +220,12 @@ def test_the_form_has_an_editor_for_each(server: Inside) -> None:
     # Without a picture a ControlNet is off.
     again = entries.request(*values, None, None, 1, None, 1, second, 1, None, 1, suits=suits)
     assert again.control_scale == (0, 0.8)
-    alone = Suits(reads=suits.reads, controlnet="edges")
+    assert again.pictures["control_image"].size == (8, 8)
+    # An emptied field is the default.
+    values[values.index("0.5, 0.8")] = " "
+    again = entries.request(*values, None, None, 1, None, 1, second, 1, None, 1, suits=suits)
+    assert again.control_scale == (0, 1)
+    alone = Suits(reads=suits.reads, controlnets=("edges",))
     assert entries.shown(recipe, alone)[1] == [
         "with this model the page takes 1 control image, not 2"
     ]
@@ -219,8 +235,35 @@ def test_the_form_has_an_editor_for_each(server: Inside) -> None:
     assert len(again.pictures) == 2
 
 
+def test_the_form_is_filled_by_the_names_of_controlnets() -> None:
+    here = Suits(controlnets=("edges", "depth, v2"))
+    both = Request(control_image=[SQUARE, BAR], control_scale=[0.5, 0.8], control_end=0.9).to_dict()
+    stored: dict[str, Any] = {"control_image": SQUARE, "control_image_2": BAR}
+    found, pictures, told = arranged(both, stored, ["Depth, v2", "edges"], here)
+    assert (found["control_scale"], found["control_end"], told) == ([0.8, 0.5], 0.9, [])
+    assert pictures == {"control_image": BAR, "control_image_2": SQUARE}
+    one = Request(control_image=SQUARE, control_scale=0.5).to_dict()
+    alone: dict[str, Any] = {"control_image": SQUARE}
+    found, pictures, told = arranged(one, alone, ["depth, v2"], here)
+    assert (found["control_scale"], pictures, told) == (0.5, {"control_image_2": SQUARE}, [])
+    assert lost(found, pictures, here) == []
+    assert lost(found, {}, here) == ["the control image of depth, v2 is not stored: add it below"]
+    _, pictures, told = arranged(one, alone, ["pose"], here)
+    assert (pictures, told) == (alone, ["the ControlNet pose, for which edges is used"])
+    # The picture that stands in for one of a ControlNet that was off is not shown.
+    off = Request(control_image=[blank(), BAR], control_scale=[0, 1]).to_dict()
+    found, pictures, _ = arranged(off, stored, ["edges", "depth, v2"], here)
+    assert (found["control_scale"], pictures) == ([0, 1], {"control_image_2": BAR})
+    # Files come from strangers.
+    for names in ([], ["edges"], ["edges"] * 9):
+        assert arranged(both, stored, names, here) == (both, stored, [])
+    assert recorded({"controlnet": [3, {"name": 4}]}) == ["", "4"]
+
+
 def test_the_web_uis_text_is_read_again(server: Inside) -> None:
     png = server.drawn(**QUICK, control_image=BOTH, control_scale=[0.5, 0.8])
+    assert controlnets_in(png) == controlnets_in(_with_parameters_alone(png)) == ["edges", "depth"]
+    assert named(["Model: x [01], Weight: 1", "Model: None", "Module: ip-adapter"]) == ["x", ""]
     found = recipe_settings(_with_parameters_alone(png))
     assert found["control_scale"] == [0.5, 0.8]
     assert {"control_image_sha256", "control_image_2_sha256"} <= found.keys()

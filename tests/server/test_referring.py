@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from safelight.batch.check import Rules
 from safelight.batch.rows import Columns
 from safelight.errors import SafelightError
 from safelight.families import family_of_folder
+from safelight.families.references import size_to_draw
+from safelight.hires import check_model, of_second_pass
 from safelight.picture import open_picture
 from safelight.recipe import read_recipe
 from safelight.request import Request
@@ -28,6 +31,7 @@ from safelight.server.apis.sdapi_bodies import ImageToImage, Sent
 from safelight.server.apis.sdapi_shapes import understand
 from safelight.server.backup import _names
 from safelight.server.costs import cost, pixel_steps
+from safelight.server.sizes import fit_to_model
 from safelight.studio import entries
 from safelight.studio.suits import Suits
 from tests.guiding import as_base64, edges
@@ -35,7 +39,7 @@ from tests.parity.flow_models import make_klein
 
 QUICK = {"prompt": "a cat", "steps": 1, "seed": 5, "width": 64, "height": 64}
 TWO = (edges((80, 64)), edges((64, 96)))
-KONTEXT = {"_class_name": "FluxKontextPipeline"}
+KLEIN, KONTEXT = ({"_class_name": f"{kind}Pipeline"} for kind in ("Flux2Klein", "FluxKontext"))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,11 @@ def test_edits_of_openai(server: Inside) -> None:
         settings = read_recipe(base64.b64decode(answer.json()["data"][0]["b64_json"]))["settings"]
         found = [setting_of(name) for name in inputs_in(settings)]
         assert [found.count(name) for name in ("reference_images", "image")] == images
+    for size in ((32, 32), (8, 100)):
+        answer = sent_as_form(server, [edges(size)])
+        told = answer.json()["error"]
+        assert (answer.status, told["param"]) == (400, "image")
+        assert told["message"].startswith("image has a picture of {}x{}: sides".format(*size))
     answer = sent_as_form(server, [*TWO], model="embedded-fast")
     assert b"image must be one picture, not several: embedded-fast reads no" in answer.body
 
@@ -157,15 +166,28 @@ def test_automatic1111(server: Inside) -> None:
         assert answer.json()["parameters"]["reference_images"] is None
         settings = read_recipe(base64.b64decode(answer.json()["images"][0]))["settings"]
         assert inputs_in(settings) == [*(["image"] if more else []), "reference_images"]
+    both = {"prompt": "a", "steps": 1, "enable_hr": True, "hr_scale": 2.5, "sampler_name": "Euler"}
+    both |= {"reference_images": [as_base64(TWO[0])], "denoising_strength": 0.5}
+    answer = server.ask("POST", "/sdapi/v1/txt2img", both)  # of the picture's size
+    assert answer.status == 200, answer.body
+    with Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]))) as drawn:
+        assert drawn.size == (200, 160)
+
+
+def planned(index: dict[str, str]) -> Any:
+    """Return what stands for the plan of a model that edits."""
+    shape = SimpleNamespace(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    family = family_of_folder(index, "a model")
+    if index == KONTEXT:
+        told = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+        family = family.variant({"transformer": shape}, KONTEXT, told)
+    return SimpleNamespace(
+        family=family, name="edits", notes={}, configs={}, native_size=(1024, 1024)
+    )
 
 
 def test_the_picture_to_start_from_is_the_one_that_kontext_edits() -> None:
-    family = family_of_folder(KONTEXT, "a model").variant(
-        {"transformer": SimpleNamespace(num_layers=1, num_single_layers=1, guidance_embeds=True)},
-        KONTEXT,
-        {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-    )
-    plan = cast(Any, SimpleNamespace(family=family, name="edits", notes={}))
+    plan = planned(KONTEXT)
     body = ImageToImage(prompt="a dog", denoising_strength=0.4, init_images=["x"])
     asked = understand(body, plan, Sent(TWO[0]))
     assert (asked.request.image, asked.request.strength) == (None, None)
@@ -183,6 +205,26 @@ def test_what_it_costs() -> None:
     plain, more = (pixel_steps(asked, 4, (64, 64)) for asked in (one, several))
     assert more == plain + 4 * (1024**2 + 64 * 64)
     assert cost(several, 4, (64, 64)) == more // 64**2
+    # Kontext reads each picture at a size of its own.
+    shown = Request(prompt="a", width=64, height=64, reference_images=edges((300, 300)))
+    assert pixel_steps(shown, 4, (1024, 1024), planned(KONTEXT)) == 4 * (64**2 + 1024**2)
+
+
+def test_the_second_pass_is_of_the_size_of_the_picture() -> None:
+    klein, kontext, native = planned(KLEIN), planned(KONTEXT), (1024, 1024)
+    asked = Request(prompt="a", reference_images=edges((64, 64)), hires_scale=3.0, steps=4)
+    check_model(klein, asked)  # of the model's own size it would be too large
+    second = klein.family.steps_taken(of_second_pass(asked))
+    drawn = 4 * 2 * 64**2 + second * (192**2 + 64**2)
+    assert pixel_steps(asked, 4, native, klein) == drawn
+    assert fit_to_model(asked, native, klein) == (asked, None)
+    with pytest.raises(SafelightError, match="3 makes 3072x3072"):
+        fit_to_model(asked, native)
+    wide = Request(prompt="a", reference_images=edges((3000, 1000)), hires_scale=1.5)
+    with pytest.raises(SafelightError, match="5 makes 2352x1008 of 1568x672"):
+        check_model(kontext, wide)
+    narrow = Request(prompt="a", reference_images=edges((8, 100)))
+    assert size_to_draw(klein, narrow) is None  # klein refuses it
 
 
 def test_rows_of_a_batch_refer_to_files(tmp_path: Path) -> None:

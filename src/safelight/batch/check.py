@@ -14,7 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 from safelight.batch.rows import Columns
+from safelight.controls import check_numbers
 from safelight.errors import SafelightError
+from safelight.families.control import CONTROL
 from safelight.picture import open_pictures, reason
 from safelight.request import Request
 from safelight.request_pictures import MOST, PICTURES, REFERENCES, changed, each
@@ -105,6 +107,7 @@ class Rules:
                 "mask needs a picture to repaint: give image as well", field="mask"
             )
         request = Request(**{n: v for n, v in settings.items() if n not in PICTURES})
+        check_numbers(dict(request), len(each(settings.get(CONTROL[0]))))
         if "prompt" not in settings and not request.unconditional:
             raise SafelightError(
                 'prompt is missing: give it in a column or by --set prompt="…", or give '

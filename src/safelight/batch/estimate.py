@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -16,14 +17,18 @@ from safelight.batch.run import How
 from safelight.batch.worklist import WorkList
 from safelight.engine.requests import resolve_request
 from safelight.errors import SafelightError
+from safelight.families.references import pixels_read
 from safelight.hires import HIRES, final_size, second_pass
 from safelight.model import Model
+from safelight.picture import opened
 from safelight.request import Request
+from safelight.request_pictures import REFERENCES
 
 SAMPLES = 3
 SHAPE = (
     *("width", "height", "steps", "sampler", "guidance_scale", "strength", "count"),
     *HIRES,
+    REFERENCES,
 )
 """Settings that the time of a row depends on."""
 
@@ -85,15 +90,24 @@ def memory() -> str:
 
 
 def _cost(model: Model, settings: Mapping[str, Any]) -> float:
-    """Return pixels times steps times calls of the network, for all pictures of a row."""
+    """Return pixels times steps times calls of the network, for all pictures of a row.
+
+    Reference pictures are read at each step, and count as what is drawn does.
+    """
     known = {name: settings[name] for name in SHAPE if settings.get(name) is not None}
     # With a picture to start from, only the share of the steps given by `strength` is taken.
-    strength = known.pop("strength", None)
-    request = resolve_request(model, Request(**known)).model_copy(update={"strength": strength})
+    strength, files = known.pop("strength", None), known.pop(REFERENCES, ())
+    files = json.loads(files) if isinstance(files, str) else files  # as SQLite has a list
+    # Only their size counts: they are not decoded.
+    pictures = tuple(opened(file, "reference_images") for file in files)
+    request = Request(**known).with_pictures(reference_images=pictures)
+    request = resolve_request(model, request).model_copy(update={"strength": strength})
     native, taken = model.native_size, model.family.steps_taken
     pixels = (request.width or native[0]) * (request.height or native[1])
     once = request.guidance_scale <= 1 or model.family.takes_guidance(model)
-    work = pixels * taken(request)
+    beside = pixels_read(request, model)
+    work = (pixels + beside) * taken(request)
     if request.hires_scale > 1:
-        work += math.prod(final_size(request, native)) * taken(second_pass(request, native))
+        whole = math.prod(final_size(request, native))
+        work += (whole + beside) * taken(second_pass(request, native))
     return work * (1 if once else 2) * request.count

@@ -155,16 +155,20 @@ class WorkList:
         places = [i * (count - 1) // max(1, number - 1) for i in range(number)]
         return [next(self.rows(model, f"LIMIT 1 OFFSET {at}")) for at in places]
 
-    def shapes(self, model: str, names: Sequence[str]) -> list[tuple[dict[str, Any], int]]:
-        """Return the distinct values of settings in a model's rows, each with its count."""
+    def shapes(self, model: str, names: Sequence[str]) -> Iterator[tuple[dict[str, Any], int]]:
+        """Yield the distinct values of settings in a model's rows, each with its count.
+
+        A list is JSON text.
+        """
         columns = ", ".join(f"json_extract(settings, '$.{name}')" for name in names)
         groups = ", ".join(str(i + 1) for i in range(len(names)))
-        found = self._all(
+        found = self._do(
             f"SELECT {columns}, COUNT(*) FROM rows "  # nosec B608
             f"WHERE NOT done AND model = ? GROUP BY {groups}",
-            model,
+            (model,),
         )
-        return [(dict(zip(names, values, strict=True)), count) for *values, count in found]
+        for *values, count in found:
+            yield dict(zip(names, values, strict=True)), count
 
     def _one(self, statement: str, *values: Any) -> Any:
         with _disk():

@@ -272,7 +272,8 @@ def verify(
             if later:
                 from safelight.upscaling.upscaler import repeated
 
-                again = repeated(again, later, networks, recipe.get("enlarged"), device or "auto")
+                where = device or recipe.get("device", "auto")
+                again = repeated(again, later, networks, recipe.get("enlarged"), where)
     difference = largest_difference(picture, again)
     say(difference)
     if not difference:

@@ -8,11 +8,14 @@ from typer import Argument, Option
 
 from safelight.cli import options
 from safelight.cli.loading import import_torch
-from safelight.cli.output import bar, say
+from safelight.cli.output import bar, say, warn
 from safelight.errors import SafelightError
 
 if TYPE_CHECKING:
     from safelight.upscaling.upscaler import Upscaler
+
+_BRACE = "\ue000"
+"""A private letter that stands for the "{" of a picture's name."""
 
 
 def upscale(
@@ -54,8 +57,7 @@ def upscale(
     A PNG keeps its recipe, and what was done is added. Prints the path of each picture.
     """
     from safelight.picture import check_writable, open_picture, save_picture
-    from safelight.recipe import read_texts
-    from safelight.upscaling.names import TILE, check_installed, is_lanczos, scaled
+    from safelight.upscaling.names import TILE, check_installed, is_lanczos, passes, scaled
     from safelight.upscaling.record import entry, noted
 
     lanczos = is_lanczos(upscaler)
@@ -66,8 +68,8 @@ def upscale(
     paths = _paths(pictures, out, overwrite=overwrite)
     for path in paths:
         check_writable(path, overwrite=overwrite)
-    texts = [read_texts(picture) for picture in pictures]
     sizes = [open_picture(picture).size for picture in pictures]  # before the network is loaded
+    texts = [_texts(picture) for picture in pictures]
     for size in sizes if scale is not None else ():
         assert scale is not None
         scaled(size, scale)
@@ -79,19 +81,39 @@ def upscale(
         network = load_upscaler(upscaler, device=device, models_dir=models_dir)
     side = TILE if tile is None else tile
     used = None if network is None else network.used
+    times = 1 if network is None else network.scale
+    wanted = [scaled(size, scale or times) for size in sizes]
+    for size, large in zip(sizes, wanted, strict=True) if network is not None else ():
+        passes(size, times, large)  # of all pictures, before the first is written
     written: list[dict[str, Any]] = []
-    for name, path, found in zip(pictures, paths, texts, strict=True):
-        picture = open_picture(name)
-        size = scaled(picture.size, scale or (network.scale if network is not None else 1))
-        with _TileBar(Path(name).name) as on_tile:
-            large = upscaled(picture, network, size, tile=side, on_tile=on_tile)
-        done = entry(used, picture.size, size, side)
-        save_picture(large, path, noted(found, done), overwrite=overwrite)
-        written.append({"path": str(path), "picture": name, **done})
-        if not as_json:
-            say(path)
-    if as_json:
-        say(json.dumps({"pictures": written}, ensure_ascii=False))
+    try:
+        for name, path, found, size in zip(pictures, paths, texts, wanted, strict=True):
+            picture = open_picture(name)
+            with _TileBar(Path(name).name) as on_tile:
+                made = upscaled(picture, network, size, tile=side, on_tile=on_tile)
+            done = entry(used, picture.size, size, side)
+            save_picture(made, path, noted(found, done), overwrite=overwrite)
+            written.append({"path": str(path), "picture": name, **done})
+            if not as_json:
+                say(path)
+    finally:
+        if as_json and written:  # of those that are there, if another one fails
+            say(json.dumps({"pictures": written}, ensure_ascii=False))
+
+
+def _texts(picture: str) -> dict[str, str]:
+    """Return the texts of a picture that are kept, and warn of a recipe that is not."""
+    from safelight.recipe import read_texts
+    from safelight.upscaling.record import entry, noted
+
+    found: dict[str, str] = {}
+    try:
+        found = read_texts(picture)
+        noted(found, entry(None, (8, 8), (8, 8)))
+    except SafelightError as error:
+        warn(f"the recipe of {Path(picture).name[-60:]} is left out: {error}")
+        found.pop("safelight", None)
+    return found
 
 
 def _paths(pictures: list[str], out: str, *, overwrite: bool) -> list[Path]:
@@ -101,7 +123,10 @@ def _paths(pictures: list[str], out: str, *, overwrite: bool) -> list[Path]:
     names = [Path(picture).stem for picture in pictures]
     found: list[Path] = []
     for name in names:
-        path = output_paths(out.replace("{name}", name), [0], overwrite=True)[0]
+        # A picture's own name is put in as it is, "{seed}" in it, too.
+        held = out.replace("{name}", name.replace("{", _BRACE))
+        path = output_paths(held, [0], overwrite=True)[0]
+        path = Path(str(path).replace(_BRACE, "{"))
         if path.name == "safelight-0.png" and Path(out).name != path.name:  # a folder was given
             path = path.with_name(f"{name}-upscaled.png")
             number = 2

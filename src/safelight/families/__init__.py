@@ -19,6 +19,7 @@ from safelight.families.sdxl import REFINER, SDXL
 from safelight.families.single import SingleFile
 from safelight.families.zimage import BASE as Z_IMAGE
 from safelight.weights.check import refusal
+from safelight.weights.kinds import is_t2i_adapter, kind_of
 
 if TYPE_CHECKING:
     from safelight.weights.check import Header
@@ -49,6 +50,7 @@ _TRANSFORMER = (
 )
 _CONTROL = "a ControlNet, not a whole model"
 _T2I_ADAPTER = "a T2I-Adapter, not a whole model: give it with --controlnet beside one"
+_UPSCALER = "an upscaler, not a whole model: see safelight upscale"
 _IP_ADAPTER = "an IP-Adapter, not a whole model: give it with --ip-adapter beside one"
 _BITSANDBYTES = re.compile(r".*\.(nested_)?(absmax|quant_map)|.*\.bitsandbytes__\w+")
 """Tensors that bitsandbytes stores beside weights in 4 bits."""
@@ -59,8 +61,6 @@ _FOREIGN = (
     ("zero_convs.", _CONTROL),  # in the original names, alone in its file
     ("input_hint_block.", _CONTROL),
     ("controlnet_", _CONTROL),  # in diffusers' names
-    ("adapter.body.", _T2I_ADAPTER),
-    ("body.0.", _T2I_ADAPTER),  # in the original names
     ("lora_", "a LoRA, not a whole model"),
     ("image_proj.", _IP_ADAPTER),
     ("ip_adapter.", _IP_ADAPTER),
@@ -117,6 +117,10 @@ def family_of_file(header: Header) -> Family:
             return variant
     if header.tensors and all(key.startswith("text_encoders.") for key in header.tensors):
         raise refusal(header.name, "this is one or more text encoders; the whole model is needed")
+    if is_t2i_adapter(header.tensors):
+        raise refusal(header.name, f"this is {_T2I_ADAPTER}")
+    if kind_of(header.tensors) == "upscaler":
+        raise refusal(header.name, f"this is {_UPSCALER}")
     for prefix, what in _FOREIGN:
         if any(key.startswith(prefix) for key in header.tensors):
             raise refusal(header.name, f"this is {what}")

@@ -29,8 +29,10 @@ _OTHERS = {
 }
 """Tensors that only files of models with the same blocks have, and what those are."""
 
+# The ends of a word in camel case are told by its letters' case: "qwenEditRapid", but "edition".
+_EDIT = r"(?:((?<![A-Za-z])|(?<=(?i:image))|(?<=(?i:qwen)))(?i:edit)|Edit)(?![a-z]|ION)"
 _NAMES = {
-    re.compile(r"(?i)qwen.*((?<![a-z])edit|image_?edit)(?![a-z])"): "Qwen-Image-Edit",
+    re.compile(rf"(?i:qwen).*{_EDIT}"): "Qwen-Image-Edit",
     re.compile(r"(?i)qwen.*layered"): "Qwen-Image-Layered",
 }
 """The same of their files' names. "Edition" and "credit" tell nothing."""

@@ -68,18 +68,25 @@ def check_references(model: Model | Plan, request: Request) -> None:
 
 
 def size_to_draw(model: Model | Plan, request: Request) -> Size | None:
-    """Return the size of the first reference picture as a model reads it; None without one.
+    """Return the size of the first reference picture as a model reads it.
 
-    It is what is drawn if no size is asked for.
+    It is what is drawn if no size is asked for. None without a picture that the model can read.
     """
-    if not request.reference_images or not model.family.references:
+    images, family = request.reference_images, model.family
+    if not images or not family.references or family.reference_problem(images[0].size):
         return None
-    return allowed_size(model.family.reference_size(request.reference_images[0].size))
+    return allowed_size(family.reference_size(images[0].size))
 
 
-def pixels_read(request: Request) -> int:
-    """Return about how many pixels of reference pictures a step reads beside those it draws."""
-    return sum(min(image.width * image.height, AREA) for image in request.reference_images)
+def pixels_read(request: Request, model: Model | Plan | None = None) -> int:
+    """Return how many pixels of reference pictures a step reads beside those it draws.
+
+    model: None if it is not known: the number is about right then.
+    """
+    sizes = [image.size for image in request.reference_images]
+    if model is None or not model.family.references:
+        return sum(min(math.prod(size), AREA) for size in sizes)
+    return sum(math.prod(model.family.reference_size(size)) for size in sizes)
 
 
 def _refused(why: str) -> SafelightError:

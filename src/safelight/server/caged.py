@@ -76,13 +76,18 @@ def texts(sent: Sent, name: str) -> dict[str, str]:
 
     If there is no text `parameters`, as in any JPEG or WebP, the EXIF comment takes its place.
     """
+    return texts_and_size(sent, name)[0]
+
+
+def texts_and_size(sent: Sent, name: str) -> tuple[dict[str, str], list[int]]:
+    """Return what `texts` does, and the width and height of the picture, upright."""
     data = sent.take()
-    _decoded(data, name)
+    size = list(_decoded(data, name).size)
     with opened(data, name) as image:
         found = dict(image.text) if isinstance(image, PngImagePlugin.PngImageFile) else {}
         if "parameters" not in found and (comment := exif_comment(image)):
             found["parameters"] = comment
-        return found
+        return found, size
 
 
 def exif_comment(image: Image.Image) -> str:

@@ -70,10 +70,10 @@ def _drawn(request: Request, steps: int, native: tuple[int, int], plan: Plan | N
     own = (None if plan is None else size_to_draw(plan, request)) or native
     width, height = own if request.sized_by is None else request.sized_by.size
     width, height = request.width or width, request.height or height
-    beside = pixels_read(request)
+    beside = pixels_read(request, plan)
     drawn = (width * height + beside) * steps
     if second := _second_steps(request, steps, plan):
-        drawn += (math.prod(final_size(request, native)) + beside) * second
+        drawn += (math.prod(final_size(request, own)) + beside) * second
     return drawn
 
 

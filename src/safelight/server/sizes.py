@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from safelight.families.references import size_to_draw
 from safelight.hires import HIRES, final_size
 from safelight.picture import encode
 from safelight.recipe import enlarge, png_texts, read_recipe
@@ -15,23 +16,26 @@ from safelight.sizes import drawable_size, is_small, size_of
 
 if TYPE_CHECKING:
     from safelight.server.hub import Hub
+    from safelight.weights.plan import Plan
 
 
 def fit_to_model(
-    request: Request, native: tuple[int, int]
+    request: Request, native: tuple[int, int], plan: Plan | None = None
 ) -> tuple[Request, tuple[int, int] | None]:
     """Return a request that a model can draw, and the size to enlarge its pictures to.
 
     The size is None, and the request unchanged, if the model draws the requested size; see
     `drawable_size`. Without a requested size, a picture that is given asks for its own. native: the
-    width and height that the model draws best. A small model gets no second pass at a size that it
-    cannot draw: its pictures are enlarged alone.
+    width and height that the model draws best. plan: the model's, None if it is not known: the
+    first reference picture asks for its size, too. A small model gets no second pass at a size that
+    it cannot draw: its pictures are enlarged alone.
     """
-    own = native if request.sized_by is None else request.sized_by.size
+    unasked = (None if plan is None else size_to_draw(plan, request)) or native
+    own = unasked if request.sized_by is None else request.sized_by.size
     if request.sized_by is not None and (request.width is None) != (request.height is None):
         return request, None  # the engine keeps the picture's proportions
     size = request.width or own[0], request.height or own[1]
-    whole = final_size(request, native)
+    whole = final_size(request, unasked)
     if request.hires_scale > 1 and is_small(native) and drawable_size(whole, native) != whole:
         request, size = request.without(*HIRES), whole
     drawn = drawable_size(size, native)

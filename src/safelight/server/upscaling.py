@@ -156,5 +156,7 @@ class Upscaling:
                 made = work.picture
                 used.append(upscaler.used)
             result = made if share == 1 else Image.blend(result, made, share)
+        if not folder.is_dir():  # the caller has left: it would be made again
+            return
         save_whole(folder / "out.png", lambda file: write_plain_png(file, result))
         self._answers.append(("upscaled", key, used, None, None))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from safelight.controls import blank
 from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.request import Request
 from safelight.request_pictures import (
     INPUTS,
     REFERENCES,
-    check_area,
     digest_key,
     each,
     inputs_in,
@@ -129,10 +129,10 @@ def request(
         settings |= {"width": near[0], "height": near[1]}
     others = {"control_image": guide, "ip_adapter_image": prompting, REFERENCES: referred or None}
     if guide is not None and len(guiding) > 1:
-        check_area(CONTROL[0], [one for one in guiding if one is not None])
-        others["control_image"] = tuple(one or guide for one in guiding)
+        others["control_image"] = tuple(one or blank() for one in guiding)
         scale = CONTROL[1]
-        settings[scale] = _without_picture(settings[scale], [one is None for one in guiding])
+        asked = settings.get(scale, settings_of(Request)[scale].default)
+        settings[scale] = _without_picture(asked, [one is None for one in guiding])
     return Request(**settings).with_pictures(image, mask, **others)
 
 
@@ -149,6 +149,8 @@ def _entered(setting: Setting, value: Any) -> dict[str, Any]:
     if isinstance(value, str) and setting.kind is tuple:
         value = tuple(filter(None, map(str.strip, value.splitlines())))
     elif isinstance(value, str) and setting.kind in (int, float):
+        if not value.strip():  # an emptied field means the default
+            return {}
         value = setting.parse(value.strip())
     return {} if setting.optional and value in (None, "", OWN) else {setting.name: value}
 

@@ -185,7 +185,7 @@ class Form:
                 "<p>Drop edges, a depth map or a pose, whichever the ControlNet reads. It holds "
                 f"the composition to that picture.{each}</p>"
             )
-            names = (suits.controlnet or "").split(", ") if several else [""]
+            names = suits.controlnets if several else [""]
             self.controls = [
                 editor(f"control-{i + 1}" if i else "control", f"Control image {name}".strip())
                 for i, name in enumerate(names)
@@ -241,7 +241,7 @@ class Form:
     @staticmethod
     def guiding(suits: Suits) -> dict[str, Any]:
         """Return how the section of the control image looks for a model."""
-        named = f" ({suits.controlnet})" if suits.controlnet else ""
+        named = f" ({', '.join(suits.controlnets)})" if suits.controlnets else ""
         return {"label": f"Guide by a picture{named}", "visible": suits.guided}
 
     @staticmethod

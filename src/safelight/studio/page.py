@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,7 @@ from safelight.request_pictures import (
 )
 from safelight.server.decoding import Decoders
 from safelight.server.hub import Hub
-from safelight.studio import easel, entries
+from safelight.studio import easel, entries, nets
 from safelight.studio.compare import compare
 from safelight.studio.form import Form
 from safelight.studio.inside import Inside, steps_of
@@ -99,18 +99,22 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
             settings: dict[str, Any],
             name: str,
             stored: Mapping[str, Image.Image | None] = MappingProxyType({}),
+            controlnets: Sequence[str] = (),
         ) -> list[Any]:
             """Return updates that fill the form with a recipe, and say what cannot be used.
 
             name: the model that is to draw. stored: the recipe's pictures, by their inputs.
+            controlnets: the names of the recipe's.
             """
             suits = await suits_of(hub, name)
+            settings, stored, moved = nets.arranged(settings, stored, controlnets, suits)
             values, told = entries.shown(settings, suits)
-            asked = inputs_in(settings)
-            lost = {setting_of(one) for one in asked if stored.get(one) is None}
+            told += moved
+            asked = {setting_of(one) for one in inputs_in(settings)}
+            lost = {setting_of(one) for one in inputs_in(settings) if stored.get(one) is None}
             guided = suits.guided and "control_image" in asked
-            if guided and "control_image" in lost:
-                told.insert(0, "the control image is not stored: add it below")
+            if guided:
+                told[:0] = nets.lost(settings, stored, suits)
             prompted = suits.prompted and "ip_adapter_image" in asked
             if prompted and "ip_adapter_image" in lost:
                 told.insert(0, "the picture of the prompt is not stored: add it below")
@@ -159,11 +163,12 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 name: await _stored(decoders, by, hub.files.input, job.id, name)
                 for name in inputs_in(job.settings)
             }
+            names = nets.recorded(picture.recipe)
             try:
                 name = await hub.find_model(job.model)
-                return await settle(picture.recipe["settings"], name, start)
+                return await settle(picture.recipe["settings"], name, start, names)
             except SafelightError as error:  # its model is not there any more
-                filled = await settle(picture.recipe["settings"], now, start)
+                filled = await settle(picture.recipe["settings"], now, start, names)
                 filled[2] = f"{error}. {filled[2]}".strip()
                 return filled
 
@@ -225,7 +230,8 @@ def blocks(hub: Hub, defaults: dict[str, Any], decoders: Decoders) -> gr.Blocks:
                 return ["", *[gr.skip()] * len(settled)]
             try:
                 found = await easel.read_file(decoders, RECIPE, path, asker(by).name)
-                return ["", *await settle(found, now)]
+                filled = await settle(found["settings"], now, controlnets=found["controlnets"])
+                return ["", *filled]
             except SafelightError as error:
                 return [str(error), *[gr.skip()] * len(settled)]
 

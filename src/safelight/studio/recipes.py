@@ -19,6 +19,7 @@ from safelight.sampling import SAMPLERS
 from safelight.server.caged import exif_comment
 from safelight.server.decoder import Sent
 from safelight.sizes import SIDE_STEP
+from safelight.studio.nets import named, pairs_of, recorded
 
 _PLAIN = ("", "normal", "automatic", "uniform")
 """Other programs' names of a model's own schedule."""
@@ -62,8 +63,29 @@ UNTOLD = 0.75
 
 
 def settings_in(sent: Sent, name: str) -> dict[str, Any]:
-    """Return `recipe_settings` of a file's bytes, for a decoder's process. name: not used."""
-    return recipe_settings(sent.take())
+    """Return `recipe_settings` of a file's bytes and `controlnets_in`, for a decoder's process.
+
+    name: not used.
+    """
+    data = sent.take()
+    return {"settings": recipe_settings(data), "controlnets": controlnets_in(data)}
+
+
+def controlnets_in(data: bytes) -> list[str]:
+    """Return the names of the ControlNets of the recipe in a picture, in order."""
+    try:
+        recipe = read_recipe(data)
+    except SafelightError:
+        try:
+            recipe = _commented(data)
+        except SafelightError:
+            recipe = None
+    if recipe is None:
+        return []
+    if "safelight" in recipe:
+        return recorded(recipe)
+    pairs = recipe["parameters"]
+    return named([pairs[unit] for unit in _UNITS if unit in pairs])[:MAX_CONTROLS]
 
 
 def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
@@ -161,8 +183,7 @@ def _guided(units: Sequence[str]) -> dict[str, Any]:
     """Return the settings of units. Their pictures are not stored: "" stands for the digests."""
     kinds: dict[str, list[dict[str, str]]] = {"control": [], "ip_adapter": []}
     for unit in units:
-        parts = (part.partition(": ") for part in unit.split(", "))
-        pairs = {name.lower(): value for name, _, value in parts}
+        pairs = pairs_of(unit)
         prompts = is_ip_adapter(pairs.get("module", ""), pairs.get("model", ""))
         kinds["ip_adapter" if prompts else "control"].append(pairs)
     found: dict[str, Any] = {}

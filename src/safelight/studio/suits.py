@@ -40,8 +40,8 @@ class Suits:
 
     defaults: its best settings (`defaults_of`). size: its own width and height. fixed_size: whether
     it draws no other size. reads: of the settings that only some models read, those that it reads;
-    None for all. controlnet, ip_adapter: the names of its ControlNets and its IP-Adapter, if it has
-    them. plan: from its headers. guides: how many pictures may guide it.
+    None for all. controlnets, ip_adapter: the names of its ControlNets and its IP-Adapter, if it
+    has them. plan: from its headers.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -49,10 +49,9 @@ class Suits:
     size: tuple[int, int] | None = None
     fixed_size: bool = False
     reads: frozenset[str] | None = None
-    controlnet: str | None = None
+    controlnets: tuple[str, ...] = ()
     plan: Plan | None = None
     ip_adapter: str | None = None
-    guides: int = 1
 
     @classmethod
     def of(cls, names: Names, model: str | None, defaults: Mapping[str, Any]) -> Suits:
@@ -64,8 +63,7 @@ class Suits:
         except (OSError, SafelightError):  # the model is on another machine
             return cls(defaults)
         reads = family.reads(refiner, bool(control), adapter is not None)
-        more = {"controlnet": ", ".join(control) or None, "guides": max(1, len(control))}
-        more |= {"plan": plan, "ip_adapter": adapter}
+        more = {"controlnets": tuple(control), "plan": plan, "ip_adapter": adapter}
         return cls(defaults, family.uses_prompt, size, family.fixed_size, reads, **more)
 
     def first(self, request_type: type[Request] = Request, fast: int = 0) -> Request:
@@ -91,6 +89,11 @@ class Suits:
     def guided(self) -> bool:
         """Whether the model has a ControlNet, or may have one as it is not known here."""
         return self.has(settings_of(Request)["control_image"])
+
+    @property
+    def guides(self) -> int:
+        """How many pictures may guide the model on the page."""
+        return max(1, len(self.controlnets))
 
     @property
     def prompted(self) -> bool:

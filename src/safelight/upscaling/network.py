@@ -7,22 +7,26 @@ more memory than the file accounts for.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from safelight.errors import SafelightError, first_line
-from safelight.upscaling.names import MOST_TIMES, check_installed
+from safelight.upscaling.names import MISSING, MOST_TIMES, check_installed
 from safelight.weights.check import Header, refusal
 from safelight.weights.headers import plain_header_of
 from safelight.weights.tensors import is_finite, open_tensors
@@ -58,6 +62,9 @@ def load_network(path: Path, name: str | None = None) -> ImageModelDescriptor[An
     if any(_LONG_NUMBER.search(key) for key in header.tensors):
         # Networks count their layers; a layout is guessed by the largest number.
         raise refusal(header.name, "no upscaler: a name with a number of five digits")
+    for key, info in header.tensors.items():
+        if 0 in info.shape:  # sizes of networks follow from shapes, and these cost no bytes
+            raise refusal(header.name, f"no upscaler: {key!r:.60} has no values")
     # The library reads a table and may add to it.
     tensors = _tensors(header)
     for table in _readings(tensors):
@@ -139,41 +146,76 @@ def _checked(found: Any, name: str) -> Any:
 
 
 class _Bounded(TorchDispatchMode):
-    """Refuses to make tensors of more than some bytes in all, before memory is taken."""
+    """Refuses to have tensors of more than some bytes at once, before memory is taken.
+
+    What is freed does not count: networks draw their first weights by way of many copies.
+    """
 
     def __init__(self, most: int) -> None:
         super().__init__()
-        self._left = most
+        self._most, self._bytes = most, 0
+        self._living: list[tuple[StorageWeakRef, int]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        size = args[0] if args else None
-        is_size = isinstance(size, list | tuple) and all(isinstance(n, int) for n in size)
-        asked = 4
-        for n in size if is_size and size is not None else ():
-            asked *= max(n, 1)
-        if asked > self._left:
-            raise SafelightError("its network would be far larger than its file")
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and not any(made is arg for arg in args):
-            self._left -= made.numel() * made.element_size() if made._base is None else 0
-            if self._left < 0:
-                raise SafelightError("its network would be far larger than its file")
+        kwargs = kwargs or {}
+        self._check(_bytes_of(func, args, kwargs))
+        made = func(*args, **kwargs)
+        before = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(made):
+            if storage._cdata not in before:
+                self._living.append((StorageWeakRef(storage), storage.nbytes()))
+                self._bytes += storage.nbytes()
+        self._check(0)
         return made
+
+    def _check(self, asked: int) -> None:
+        if self._bytes + asked > self._most:  # looking at all takes time
+            self._living = [one for one in self._living if not one[0].expired()]
+            self._bytes = sum(bytes_ for _, bytes_ in self._living)
+        if self._bytes + asked > self._most:
+            raise SafelightError("its network would be far larger than its file")
+
+
+def _bytes_of(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+    """Return how many bytes an operation's new tensors take, without making them."""
+    schema = func._schema
+    if schema.is_mutable or any(one.alias_info is not None for one in schema.returns):
+        return 0  # in place, or a view
+    if any(one.name == "device" for one in schema.arguments):
+        kwargs = {**kwargs, "device": "meta"}
+    try:
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        made = func(*args, **kwargs)
+    except Exception:  # its size depends on values, or the operation itself will fail
+        shapes = [one.shape for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        sides = zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
+        return 8 * max(map(len, shapes), default=0) * math.prod(max(*side, 1) for side in sides)
+    return sum(storage.nbytes() for storage in _storages(made))
+
+
+def _storages(found: Any) -> list[torch.UntypedStorage]:
+    return [one.untyped_storage() for one in tree_leaves(found) if isinstance(one, Tensor)]
 
 
 # --- the library ---------------------------------------------------------------------------------
 
 
 def library() -> Any:
-    """Return spandrel, imported when it is first needed."""
-    with _importing:
-        if "spandrel" not in sys.modules:
-            with _without_torchvision():
-                import spandrel
-        import spandrel
+    """Return spandrel, imported when it is first needed.
 
+    Raises SafelightError, code "not_installed", if it or a library that it needs is not there.
+    """
+    with _importing:
+        try:
+            if "spandrel" not in sys.modules:
+                with _without_torchvision():
+                    import spandrel
+            import spandrel
+        except ImportError as error:
+            why = f"{MISSING} ({first_line(error)})"
+            raise SafelightError(why, code="not_installed") from None
         return spandrel
 
 

@@ -71,10 +71,14 @@ def _risen(at: Tensor, seam: int, scale: int) -> Tensor:
 
 
 class Tiled:
-    """Enlarges a picture, a tile at each `step`.
+    """Enlarges a picture, a tile at each `step`, and hands on what is finished of it.
 
-    call: enlarges a picture of float32 [1, 3, h, w] in 0…1 by `scale`. picture: the same. tile: see
+    call: enlarges a picture of float32 [1, 3, h, w] in 0…1 by `scale`, and may return it on another
+    device. picture: the same, or of any type that `call` takes. take: called with rows of the
+    enlarged picture, float32 [1, 3, h, w · scale] on the picture's device, from the top. tile: see
     `spans`; None: the picture is one tile.
+
+    Of the enlarged picture only the rows of one tile are kept.
     """
 
     def __init__(
@@ -82,16 +86,15 @@ class Tiled:
         call: Callable[[Tensor], Tensor],
         picture: Tensor,
         scale: int,
+        take: Callable[[Tensor], object],
         tile: int | None = TILE,
     ) -> None:
-        self._call, self._picture, self._scale = call, picture, scale
-        height, width = picture.shape[-2:]
-        rows, columns = (spans(side, tile or side) for side in (height, width))
+        self._call, self._picture, self._scale, self._take = call, picture, scale, take
+        rows, columns = (spans(side, tile or side) for side in picture.shape[-2:])
         self._left = [(row, column) for row in rows for column in columns]
-        self._sum: Tensor | None = None
-        if len(self._left) > 1:
-            shape = (1, 3, height * scale, width * scale)
-            self._sum = torch.zeros(shape, dtype=torch.float32, device=picture.device)
+        self._is_one = len(self._left) == 1
+        # The sum of tiles in rows that are not finished, which begin at `_top`.
+        self._top, self._sum = 0, self._zeros(0)
 
     @property
     def left(self) -> int:
@@ -102,21 +105,38 @@ class Tiled:
         """Make the next tile."""
         row, column = self._left[0]
         seen = self._picture[..., row.start : row.stop, column.start : column.stop]
-        made = self._call(seen)
-        if self._sum is None:
-            self._sum = made
+        made = self._call(seen).to(self._picture.device)
+        if self._is_one:
+            self._take(made)
         else:
-            height, width = self._picture.shape[-2:]
-            down = weights(row, height, self._scale).to(made.device)
-            across = weights(column, width, self._scale).to(made.device)
-            y, x = row.start * self._scale, column.start * self._scale
-            part = self._sum[..., y : y + made.shape[-2], x : x + made.shape[-1]]
-            part += made * down[:, None] * across
+            self._add(made, row, column)
         del self._left[0]
 
-    @property
-    def made(self) -> Tensor:
-        """The enlarged picture, float32 [1, 3, h · scale, w · scale], once no tile is left."""
-        assert self._sum is not None
-        assert not self._left
-        return self._sum
+    def _add(self, made: Tensor, row: Span, column: Span) -> None:
+        height, width = self._picture.shape[-2:]
+        down, across = weights(row, height, self._scale), weights(column, width, self._scale)
+        first, last = _touched(row, height)
+        skipped = (first - row.start) * self._scale  # the weights there are 0
+        count = (last - first) * self._scale
+        if self._sum.shape[-2] < (last - self._top) * self._scale:
+            more = self._zeros((last - self._top) * self._scale - self._sum.shape[-2])
+            self._sum = torch.cat([self._sum, more], -2)
+        y, x = (first - self._top) * self._scale, column.start * self._scale
+        made = made[..., skipped : skipped + count, :]
+        part = self._sum[..., y : y + count, x : x + made.shape[-1]]
+        part += made * down[skipped : skipped + count, None] * across
+        if column.last == width:  # the last of its row
+            done = height if row.last == height else row.last - BLEND
+            finished = (done - self._top) * self._scale
+            self._take(self._sum[..., :finished, :])
+            self._top, self._sum = done, self._sum[..., finished:, :].clone()
+
+    def _zeros(self, height: int) -> Tensor:
+        shape = (1, 3, height, self._picture.shape[-1] * self._scale)
+        return torch.zeros(shape, dtype=torch.float32, device=self._picture.device)
+
+
+def _touched(span: Span, length: int) -> tuple[int, int]:
+    """Return where a tile begins and ends to count along a side."""
+    first = max(0, span.first - BLEND)
+    return first, length if span.last == length else min(length, span.last + BLEND)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ from safelight.weights.find import find_upscaler
 
 if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
+
+
+STRIP = 2**20
+"""The most pixels that are converted at a time."""
 
 
 class Upscaler:
@@ -99,15 +104,27 @@ class Upscaler:
 
         Raises SafelightError if the memory does not suffice.
         """
-        try:
-            # Some layouts keep constants of their own; a mode that is left gives normal tensors.
-            with torch.inference_mode():
-                return self._network(picture.to(self.device)).float()
-        except Exception as error:  # a network may not take a size
-            if not out_of_memory(error):
+        with self.enough_memory():
+            try:
+                # Some layouts keep constants of their own; a mode that is left gives normal
+                # tensors.
+                with torch.inference_mode():
+                    return self._network(picture.to(self.device)).float()
+            except Exception as error:  # a network may not take a size
+                if out_of_memory(error):
+                    raise
                 size = "x".join(map(str, picture.shape[:1:-1]))
                 why = f"cannot enlarge a picture of {size}: {first_line(error)}"
                 raise refusal(self.name, why) from None
+
+    @contextmanager
+    def enough_memory(self) -> Iterator[None]:
+        """Raise SafelightError, code "out_of_memory", if the memory does not suffice inside."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, SafelightError) or not out_of_memory(error):
+                raise
             free_memory(self.device)
             raise SafelightError(
                 f"{self.name} needs more memory than is free: give a smaller tile, or picture",
@@ -139,16 +156,34 @@ class Enlargement:
 
     def _made(self) -> Iterator[int]:
         done, upscaler = 0, self._upscaler
-        for _ in self._passes:
-            tiled = Tiled(upscaler.call, _tensor(self.picture), upscaler.scale, self._tile)
+        for _, size in self._passes:
+            with upscaler.enough_memory():
+                made = _Rows(size)
+                pixels = _tensor(self.picture)
+            # Bytes become floats tile by tile: a whole picture of floats takes much memory.
+            tiled = Tiled(_of_bytes(upscaler.call), pixels, upscaler.scale, made.take, self._tile)
             while tiled.left:
-                tiled.step()
-                done += 1
-                if not tiled.left:
-                    self.picture = from_tensor(tiled.made * 2 - 1)
-                    if done == self.tiles and self.picture.size != self._size:
-                        self.picture = resized(self.picture, self._size)
+                with upscaler.enough_memory():
+                    tiled.step()
+                    done += 1
+                    if not tiled.left:
+                        self.picture = made.picture
+                        if done == self.tiles and self.picture.size != self._size:
+                            self.picture = resized(self.picture, self._size)
                 yield done
+
+
+class _Rows:
+    """A picture that comes as rows of tensors, from the top."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.picture, self._top = Image.new("RGB", size, None), 0
+
+    def take(self, rows: Tensor) -> None:
+        """Take the next rows, float32 [1, 3, h, w] in 0…1."""
+        for strip in rows.split(max(1, STRIP // rows.shape[-1]), -2):  # conversion makes copies
+            self.picture.paste(from_tensor(strip * 2 - 1), (0, self._top))
+            self._top += strip.shape[-2]
 
 
 def load_upscaler(
@@ -218,6 +253,10 @@ def _get_on(*_: object) -> None:
 
 
 def _tensor(picture: Image.Image) -> Tensor:
-    """Return a picture as float32 [1, 3, H, W] in 0…1."""
-    pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 255
-    return torch.from_numpy(np.ascontiguousarray(pixels))[None]
+    """Return a picture as uint8 [1, 3, H, W]."""
+    return torch.from_numpy(np.array(picture))[None].permute(0, 3, 1, 2)
+
+
+def _of_bytes(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function that takes a picture as uint8. call: takes it as floats in 0…1."""
+    return lambda picture: call(picture.contiguous().float() / 255)

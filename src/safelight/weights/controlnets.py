@@ -22,6 +22,7 @@ from safelight.weights.check import Header, refusal
 from safelight.weights.find import Source, find_controlnet
 from safelight.weights.folder import Folder
 from safelight.weights.headers import plain_header_of
+from safelight.weights.kinds import is_t2i_adapter
 from safelight.weights.names import Weight, from_folder, renamed, some, unet_names
 from safelight.weights.networks import check_depth, read_config
 from safelight.weights.plan import Addition, Plan
@@ -119,7 +120,7 @@ def _folder_plan(source: Source) -> Addition:
 
 def _file_plan(source: Source, model: Plan) -> Addition:
     header = plain_header_of(source.path, "a ControlNet")
-    if t2i_adapters.is_adapter(header.tensors):
+    if is_t2i_adapter(header.tensors):
         return t2i_adapters.plan_file(source, header, model)
     for begins, told in _FOREIGN:
         if any(key.removeprefix(_PREFIX).startswith(begins) for key in header.tensors):

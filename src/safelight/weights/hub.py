@@ -124,8 +124,9 @@ def _needed(family: Family, part: str) -> list[tuple[str, ...]]:
         return [("scheduler_config.json",)]
     if part in family.parts:
         return [("config.json",)]
-    clip = "CLIPTokenizer" in family.tokenizers[part]
-    return [("tokenizer.json",), *([("vocab.json", "merges.txt")] if clip else [])]
+    # Those of Qwen-Image on the hub are in the older files alone, as most of CLIP's are.
+    older = any(name in family.tokenizers[part] for name in ("CLIPTokenizer", "Qwen2Tokenizer"))
+    return [("tokenizer.json",), *([("vocab.json", "merges.txt")] if older else [])]
 
 
 def _network_files(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,11 @@ _BESIDE_VAE = re.compile(
 _CONTROLNET = (
     *("control_model.", "input_hint_block.", "controlnet_cond_embedding."),
     "lora_controlnet",  # a Control-LoRA, which loading refuses by its name
-    *("adapter.body.", "body.0."),  # a T2I-Adapter
+)
+_T2I_ADAPTER = re.compile(r"(adapter\.)?(body\.\d+\.|conv_in\.)")
+# Of the original full and light ones, and of diffusers'. Upscalers have bodies, too.
+_T2I_BLOCK = re.compile(
+    r"(adapter\.)?body\.\d+\.(block\d\.|in_conv\.|(body|resnets)\.\d+\.block\d\.)"
 )
 IP_ADAPTER = ("image_proj.", "ip_adapter.")
 _IMAGE_ENCODER = ("vision_model.embeddings.", "visual.ln_pre.")
@@ -37,10 +41,13 @@ _TEXT_ENCODER = re.compile(
     r"|(enc\.)?blk\.0\.attn_q\.weight"
 )
 _DENOISER = ("model.diffusion_model.", "first_stage_model.", "double_blocks.", "joint_blocks.")
-# Of the commonest layouts; the last two are Compact's and SPAN's.
+# Of the commonest layouts: of SwinIR and most others, ESRGAN, Compact, SPAN, OmniSR, PLKSR, MoSR,
+# SAFMN, DCTLSA, DITN, Real-CUGAN and RCAN.
 _UPSCALER = re.compile(
     r"(params(_ema|-ema)?\.|module\.|netG\.)?"
-    r"(conv_first\.weight|RRDB_trunk\.|model\.1\.sub\.|body\.0\.(weight$|rdb1\.)|block_1\.c1_r\.)"
+    r"(conv_first\.weight|RRDB_trunk\.|model\.1\.sub\.|body\.0\.(weight$|rdb1\.)|block_1\.c1_r\."
+    r"|residual_layer\.0\.residual_layer\.|feats\.0\.(weight|norm1|layers)|gblocks\.0\.weight"
+    r"|fea_conv\.|UFONE\.|unet1\.conv1\.conv\.|body\.0\.body\.0\.body\.0\.weight)"
 )
 _EMBEDDING = ("emb_params", "clip_l", "clip_g", "string_to_param")
 
@@ -57,7 +64,7 @@ def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
     """
     if not tensors:
         return None
-    if any(name.startswith(_CONTROLNET) for name in tensors):
+    if any(name.startswith(_CONTROLNET) for name in tensors) or is_t2i_adapter(tensors):
         return "controlnet"
     if any(name.startswith(IP_ADAPTER) for name in tensors):
         return "ip_adapter"
@@ -81,6 +88,11 @@ def kind_of(tensors: Mapping[str, _Shaped]) -> str | None:
     if few and (len(tensors) == 1 or any(n.startswith(_EMBEDDING) for n in tensors)):
         return "embedding"
     return "model"
+
+
+def is_t2i_adapter(names: Collection[str]) -> bool:
+    """Return whether the names of a file's tensors are those of a T2I-Adapter."""
+    return any(map(_T2I_BLOCK.match, names)) and all(map(_T2I_ADAPTER.match, names))
 
 
 def holds_embedding(picture: Path) -> bool:

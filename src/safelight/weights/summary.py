@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safelight.errors import SafelightError
 from safelight.weights.find import Source, find, find_upscaler, on_disk, parts_finder
 from safelight.weights.headers import header_of
 from safelight.weights.lender import listed
@@ -14,6 +15,9 @@ from safelight.weights.library import facts_of, open_library
 from safelight.weights.names import Weight
 from safelight.weights.plan import read_plan
 from safelight.weights.stored import stored_bytes
+
+LARGEST_UPSCALER = 2**28
+"""The most bytes of a file that is loaded to see whether it is an upscaler."""
 
 
 def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[str, Any]:
@@ -29,7 +33,13 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
         return _upscaler_summary(upscaler)
     source = find(name, download=False, models_dir=models_dir)
     installed = parts_finder(None, download=False, models_dir=models_dir)
-    plan = read_plan(source, parts=installed, partial=True)
+    try:
+        plan = read_plan(source, parts=installed, partial=True)
+    except SafelightError:
+        # Not all layouts of upscalers are known by their names alone.
+        if (told := _perhaps_upscaler(source)) is None:
+            raise
+        return told
     components = {part: _summary(weights) for part, weights in plan.weights.items() if weights}
     bare: list[str] = []
     if plan.lacking:
@@ -63,6 +73,20 @@ def _upscaler(name: str | Path, models_dir: str | Path | None) -> Source | None:
         if library.matches(str(name), "upscaler")
         else None
     )
+
+
+def _perhaps_upscaler(source: Source) -> dict[str, Any] | None:
+    """Return what a file that is no checkpoint is as an upscaler; None if it is none."""
+    path = source.path
+    if not path.is_file() or path.stat().st_size > LARGEST_UPSCALER:
+        return None
+    if facts_of(path).get("kind") != "model":
+        return None
+    try:
+        told = _upscaler_summary(source)
+    except SafelightError:
+        return None
+    return told if "family" in told else None
 
 
 def _upscaler_summary(source: Source) -> dict[str, Any]:

@@ -8,7 +8,7 @@ and from the file's keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from safelight.families.part import Part
@@ -26,14 +26,8 @@ PART = Part(
     rename=lambda key: key.removeprefix(PREFIX),
 )
 
-_MARKS = re.compile(r"(adapter\.)?(body\.\d+\.|conv_in\.)")
 _BLOCK = re.compile(r"body\.(\d{1,3})\.(block\d\..*|in_conv\..*)")
 _INNER = re.compile(r"body\.(\d{1,3})\.(?:body|resnets)\.(\d{1,3})\.(block\d\..*)")
-
-
-def is_adapter(keys: Collection[str]) -> bool:
-    """Return whether the keys of a file are those of a T2I-Adapter."""
-    return bool(keys) and any("body." in key for key in keys) and all(map(_MARKS.match, keys))
 
 
 def plan_file(source: Source, header: Header, model: Plan) -> Addition:

@@ -109,10 +109,10 @@ def _shapes(config: Any) -> dict[str, Any]:
 def check_kind(source: Source, part: Part, own: Part) -> None:
     """Refuse an autoencoder of Qwen-Image for other models, and others for Qwen-Image.
 
-    part, own: it, and the model's own. Those of FLUX.1 have as many channels.
+    part, own: it, and the model's own. Those of FLUX.1 have as many channels, tiny ones too.
     """
     of_qwen = {one.network == QWEN_VAE_PART.network for one in (part, own)}
-    if len(of_qwen) > 1 and part.network != TINY_PART.network:
+    if len(of_qwen) > 1:
         raise refusal(source.name, f"{part.network} does not fit; the model's is {own.network}")
 
 

@@ -18,7 +18,7 @@ from safelight.errors import SafelightError
 from safelight.families.control import CONTROL, IP_ADAPTER
 from safelight.picture import encode
 from safelight.request import Request
-from safelight.request_pictures import MAX_REFERENCES, PICTURES
+from safelight.request_pictures import MAX_REFERENCES, PICTURES, REFERENCES
 from safelight.server.caged import MAX_JSON
 from safelight.server.jobs import retry_after, status_of
 from safelight.server.wording import clipped, public
@@ -82,7 +82,7 @@ class ImagesBody(BaseModel):
         return self.response_format == "url" or (silent and (self.model or "").startswith(DALL_E))
 
 
-_THEIRS = {"width": "size", "height": "size", "count": "n"}
+_THEIRS = {"width": "size", "height": "size", "count": "n", REFERENCES: "image"}
 """Settings that OpenAI has another name for."""
 
 
@@ -233,7 +233,8 @@ def edit_request(
     size = picture.size
     if refers and holes is None and "strength" not in settings:
         given: dict[str, Any] = {"reference_images": tuple(pictures)}
-        size = size if family is None else family.reference_size(size)
+        if family is not None and not family.reference_problem(size):
+            size = family.reference_size(size)
     else:
         given = {"image": picture, "mask": holes}
         given |= {"reference_images": tuple(others)} if others else {}
@@ -285,8 +286,8 @@ def refused(error: SafelightError) -> ApiError:
         return ApiError(status, str(error), kind="server_error")
     if error.code == "unknown_setting":
         return ApiError(400, str(error), error.field, code="unknown_parameter")
-    if error.field == "count":  # errors of the size name a side
-        error = error.renamed("n")
+    if error.field in ("count", REFERENCES):  # errors of the size name a side
+        error = error.renamed(_THEIRS[error.field])
     return ApiError(400, str(error), _THEIRS.get(error.field or "", error.field))
 
 

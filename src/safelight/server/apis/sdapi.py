@@ -23,7 +23,7 @@ from safelight.hires import infotext
 from safelight.recipe import first_size, recipe_text
 from safelight.request_pictures import REFERENCES
 from safelight.server.apis.sdapi_bodies import Asked, ImageToImage, PngInfo, Sent, TextToImage
-from safelight.server.apis.sdapi_control import Unit, guided, units_of
+from safelight.server.apis.sdapi_control import Unit, check_room, guided, units_of
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.apis.sdapi_hires import with_known_upscaler
 from safelight.server.apis.sdapi_models import model_of
@@ -129,9 +129,15 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
             del sent
         native = await hub.native_size(name)
         meant = await hub.find_model(name)
-        asked = await asyncio.to_thread(fitted, asked, meant, native)
+        if referred:  # first: if no size is asked for, theirs is drawn
+            several = (await decoded_pictures(http, referred))[REFERENCES]
+            several = asked.request.reference_images + several
+            asked = replace(asked, request=asked.request.with_pictures(reference_images=several))
+            del several
+        asked = await asyncio.to_thread(fitted, asked, meant, native, plan)
         asked = await asyncio.to_thread(with_known_upscaler, asked, hub.names)
         if units:
+            check_room(units, asked.request, native)
             given: list[tuple[Unit, Image.Image]] = []
             for unit in units:  # one after the other: each takes less memory at its size
                 picture = await _picture_of(http, unit)
@@ -140,11 +146,6 @@ async def _draw(http: HttpRequest, body: TextToImage | ImageToImage) -> dict[str
             request = guided(given, asked.request, native, len(nets))
             asked = replace(asked, request=request)
             del given
-        if referred:
-            several = (await decoded_pictures(http, referred))[REFERENCES]
-            several = asked.request.reference_images + several
-            asked = replace(asked, request=asked.request.with_pictures(reference_images=several))
-            del several
         owner = caller_of(http.scope).owner
         job = await hub.submit(asked.request, client="sdapi", owner=owner, model=name)
         # Release the decoded pictures while the job waits.

@@ -14,11 +14,12 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from PIL import Image, ImageOps
 
+from safelight.controls import blank
 from safelight.errors import SafelightError
 from safelight.hires import final_size
 from safelight.recipe import IP_ADAPTER_MODULE, is_ip_adapter
 from safelight.request import Request
-from safelight.request_pictures import changed
+from safelight.request_pictures import MAX_TOGETHER, changed
 from safelight.server.apis.sdapi_bodies import DrawBody, ImageToImage, plain_number
 from safelight.server.apis.sdapi_errors import Route
 from safelight.server.callers import hub_of
@@ -69,19 +70,11 @@ class Unit:
         picture: None if the one to start from guides. native: the model's width and height. Raises
         SafelightError for a picture that is too narrow.
         """
-        start = request.image
-        picture = picture or start
+        picture = picture or request.image
         assert picture is not None
         if self.resize is None:
             return picture
-        if start is None:
-            # The second pass is guided by the picture at its size.
-            size = final_size(request.replace(**_sides(request, native)), native)
-        else:
-            # Of a request that is cropped, width and height are those of the part that is drawn.
-            size = start.size
-            if not request.is_cropped:
-                size = size_of(size, request.width, request.height)
+        size = _guiding_size(request, native)
         if picture.size != size:
             scale = min(size[0] / picture.width, size[1] / picture.height)
             if self.resize is ImageOps.pad and min(picture.size) * scale < 1:
@@ -91,6 +84,32 @@ class Unit:
                 )
             picture = self.resize(picture, size, Image.Resampling.LANCZOS)
         return picture
+
+
+def _guiding_size(request: Request, native: tuple[int, int]) -> tuple[int, int]:
+    """Return the size that pictures guide a request at. native: the model's width and height."""
+    if request.image is None:
+        # The second pass is guided by the picture at its size.
+        return final_size(request.replace(**_sides(request, native)), native)
+    # Of a request that is cropped, width and height are those of the part that is drawn.
+    size = request.image.size
+    return size if request.is_cropped else size_of(size, request.width, request.height)
+
+
+def check_room(units: Sequence[Unit], request: Request, native: tuple[int, int]) -> None:
+    """Raise SafelightError if the units' pictures have too many pixels at the size they guide at.
+
+    native: the model's width and height.
+    """
+    count = sum(unit.resize is not None for unit in units)
+    if count < 2:
+        return
+    width, height = _guiding_size(request, native)
+    if count * width * height > MAX_TOGETHER:
+        raise SafelightError(
+            f"controlnet: the pictures of {count} units at {width}x{height} have more than "
+            f"{MAX_TOGETHER // 10**6} million pixels together: send fewer, or draw smaller"
+        )
 
 
 def _sides(request: Request, native: tuple[int, int]) -> dict[str, int]:
@@ -107,7 +126,7 @@ def guided(
     """Return a request with the pictures and the settings of units.
 
     units: each with its `fitted` picture. native: the model's width and height. count: how many
-    ControlNets it has. One without a unit has scale 0, and the picture of another.
+    ControlNets it has. One without a unit has scale 0, and a blank picture.
     """
     prompts = [(unit, picture) for unit, picture in units if unit.resize is None]
     guides = {unit.place: (unit, picture) for unit, picture in units if unit.resize is not None}
@@ -117,8 +136,7 @@ def guided(
             name: [one.get(name, default) for one in settings]
             for name, default in (("control_scale", 1.0), ("control_start", 0), ("control_end", 1))
         }
-        _, other = next(iter(guides.values()))
-        pictures = [guides[i][1] if i in guides else other for i in range(count)]
+        pictures = [guides[i][1] if i in guides else blank() for i in range(count)]
         found |= _sides(request, native) if request.image is None else {}
         request = request.replace(**found)
         request = request.with_pictures(**changed({"control_image": pictures}, lambda _, one: one))
@@ -190,9 +208,9 @@ def guiding_units(
     units = [unit for unit in given if _picture(unit) or (starts and isinstance(unit, dict))]
     if given and not there:
         return [], ["alwayson_scripts: ControlNet needs a server with --controlnet"]
-    if not units:
-        return [], ["alwayson_scripts: ControlNet has a unit without a picture"] if given else []
     warnings = list[str]()
+    if len(units) < len(given):
+        warnings.append("alwayson_scripts: ControlNet has a unit without a picture")
     places, left = _places(units, there)
     if left:
         warnings.append(

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import html
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -15,7 +16,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
-from safelight.picture import encode
+from safelight.picture import MAX_PIXELS, encode, open_picture
+from safelight.pixels import resized
 from safelight.recipe import MAX_RECIPE
 from safelight.server.apis.sdapi_bodies import Number, Whole
 from safelight.server.apis.sdapi_errors import Route
@@ -29,7 +31,9 @@ from safelight.upscaling.record import entry, noted
 
 NONE = "None"
 MOST_PICTURES = 64
-_SCALE = re.compile(r"(?<![0-9a-z])x?([1-8])x(?![a-z0-9])|x([1-8])(?![0-9])", re.IGNORECASE)
+_SCALE = re.compile(
+    r"^([1-8])x(?=[a-z])|(?<![0-9a-z])x?([1-8])x(?![a-z0-9])|x([1-8])(?![0-9])", re.IGNORECASE
+)
 
 router = APIRouter(prefix="/sdapi/v1", route_class=Route, tags=["AUTOMATIC1111"])
 
@@ -122,68 +126,130 @@ async def upscalers(http: HttpRequest) -> list[dict[str, Any]]:
 
 
 def _known(names: Names) -> list[tuple[str, float]]:
-    """Return the upscalers, and how much each enlarges, as its name says; 4 if it does not."""
-    found = [(NONE, 4.0), (LANCZOS, 4.0)]
-    for one in names.entries("upscaler") if installed() else ():
-        told = _SCALE.search(one.name)
-        found.append((one.name, float(next(filter(None, told.groups()))) if told else 4.0))
-    return found
+    """Return the upscalers, and how much each enlarges."""
+    found = names.entries("upscaler") if installed() else ()
+    return [(NONE, 4.0), (LANCZOS, 4.0), *((one.name, scale_of(one.name)) for one in found)]
+
+
+def scale_of(name: str) -> float:
+    """Return how much an upscaler enlarges, as its name says; 4 if it does not."""
+    told = _SCALE.search(name)
+    return float(next(filter(None, told.groups()))) if told else 4.0
+
+
+@dataclass
+class _Sent:
+    """A picture of a call. data: it, in base64. texts: those that are kept."""
+
+    field: str
+    data: str
+    texts: dict[str, str]
+    size: tuple[int, int]
 
 
 async def _enlarged(
     http: HttpRequest, body: Extras, sent: list[tuple[str, str]]
 ) -> tuple[list[str], list[str]]:
     """Return the pictures of a call enlarged, PNGs in base64, and warnings."""
-    hub, caller = hub_of(http), caller_of(http.scope).name
     chosen = body.upscalers()
     for field, (name, _) in zip(("upscaler_1", "upscaler_2"), chosen, strict=False):
-        await asyncio.to_thread(hub.names.upscaler, name, field)
+        await asyncio.to_thread(hub_of(http).names.upscaler, name, field)
     found: list[str] = []
     warnings = body.warnings()
-    for field, text in sent:
-        async with turn(http):
-            data = decode_base64(text, field, again=True)
-            texts = await decoded(http, "texts", [data], field, "the picture")
-            picture = await decoded(http, "picture", [data], field, "the picture")
-        size, used = picture.size, list[dict[str, str]]()
-        if chosen:
-            wanted = Wanted(body.size_of(size), chosen)
-            work = hub.enlargements.enlarged(picture, wanted, caller)
-            try:
-                picture, used = await while_there(http.receive, work)
-            except SafelightError as error:
-                if error.code in ("failed", "out_of_memory"):  # not the caller's fault
-                    raise HTTPException(500, str(error)) from None
-                raise
-        async with turn(http):
-            made = await asyncio.to_thread(body.cropped, picture)
-            del picture
-            told, why = _texts(texts, chosen, used, size, made.size)
-            warnings += [one for one in why if one not in warnings]
-            png = await asyncio.to_thread(encode, made, "PNG", told)
-            found.append(base64.b64encode(png).decode())
+    for one in await _looked_at(http, body, sent, warnings):
+        png, more = await _answer(http, body, one)
+        found.append(base64.b64encode(png).decode())
+        warnings += [line for line in more if line not in warnings]
     return found, warnings
 
 
+async def _looked_at(
+    http: HttpRequest, body: Extras, sent: list[tuple[str, str]], warnings: list[str]
+) -> list[_Sent]:
+    """Return the pictures of a call, checked before any work. warnings: gets new ones.
+
+    Raises SafelightError if all answers together would have too many pixels: they are in memory
+    until the last one is made.
+    """
+    found: list[_Sent] = []
+    pixels = 0
+    for field, text in sent:
+        async with turn(http):
+            data = [decode_base64(text, field, again=True)]
+            told, size = await decoded(http, "texts_and_size", data, field, "the picture")
+        kept = {key: told[key] for key in ("parameters", "safelight") if key in told}
+        if sum(map(len, kept.values())) > 2 * MAX_RECIPE:
+            kept = {}
+            line = "the picture's recipe is too long and was left out"
+            warnings += [line] if line not in warnings else []
+        found.append(_Sent(field, text, kept, (size[0], size[1])))
+        width, height = body.size_of(found[-1].size) if body.upscalers() else size
+        pixels += width * height
+        if pixels > MAX_PIXELS:
+            raise SafelightError(
+                f"the pictures of a call may have {MAX_PIXELS // 10**6} million pixels once they "
+                "are enlarged, all together: send fewer, or a smaller scale",
+                field=field,
+            )
+    return found
+
+
+async def _answer(http: HttpRequest, body: Extras, one: _Sent) -> tuple[bytes, list[str]]:
+    """Return the PNG of a picture that is enlarged, and warnings.
+
+    While the worker enlarges it, it is a file alone, so that turns bound the pictures in memory.
+    """
+    hub, chosen = hub_of(http), body.upscalers()
+    wanted = Wanted(body.size_of(one.size) if chosen else one.size, chosen)
+    async with turn(http):
+        data = [decode_base64(one.data, one.field)]
+        picture = await decoded(http, "picture", data, one.field, "the picture")
+        if not wanted.needs_worker:
+            made = await asyncio.to_thread(resized, picture, wanted.size) if chosen else picture
+            del picture
+            return await asyncio.to_thread(_as_png, body, one, made, [])
+        begun = await hub.enlargements.begin(picture, wanted, caller_of(http.scope).name)
+        del picture
+    try:
+        used = await while_there(http.receive, hub.enlargements.used(begun))
+        async with turn(http):
+            made = await asyncio.to_thread(open_picture, begun.made)
+            return await asyncio.to_thread(_as_png, body, one, made, used)
+    except SafelightError as error:
+        if error.code in ("failed", "out_of_memory"):  # not the caller's fault
+            raise HTTPException(500, str(error)) from None
+        raise
+    finally:
+        await hub.enlargements.end(begun)
+
+
+def _as_png(
+    body: Extras, one: _Sent, picture: Image.Image, used: list[dict[str, str]]
+) -> tuple[bytes, list[str]]:
+    """Return the PNG of an enlarged picture, cropped if that is asked for, and warnings."""
+    made = body.cropped(picture)
+    # `verify` repeats neither a mixture of two nor what is cropped.
+    again = len(body.upscalers()) < 2 and made.size == picture.size
+    del picture
+    kept = {key: text for key, text in one.texts.items() if again or key != "safelight"}
+    told, warnings = _texts(kept, body.upscalers(), used, one.size, made.size)
+    return encode(made, "PNG", told), warnings
+
+
 def _texts(
-    texts: dict[str, str],
+    kept: dict[str, str],
     chosen: tuple[tuple[str, float], ...],
     used: list[dict[str, str]],
     before: tuple[int, int],
     after: tuple[int, int],
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the texts of an enlarged PNG, and warnings. texts: of the picture that was sent."""
-    kept = {key: texts[key] for key in ("parameters", "safelight") if key in texts}
+    """Return the texts of an enlarged PNG, and warnings. kept: of the picture that was sent."""
     if not chosen:
         return kept, []
     by_name = {one["name"]: one for one in used}
     first = chosen[0][0]
     file = by_name.get(ALIASES.get(first, first)) or (used[0] if used else None)
     done = entry(None if is_lanczos(first) else file, before, after)
-    if len(chosen) > 1:  # two are mixed, which `verify` does not repeat
-        kept.pop("safelight", None)
-    if sum(map(len, kept.values())) > 2 * MAX_RECIPE:
-        return noted({}, done), ["the picture's recipe is too long and was left out"]
     try:
         return noted(kept, done), []
     except SafelightError as error:

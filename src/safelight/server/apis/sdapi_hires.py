@@ -56,9 +56,14 @@ def second_pass(
     if scale == 1:
         return {}, [*warnings, f"enable_hr: drawn in one pass, as {why}"]
     settings: dict[str, Any] = {"hires_scale": scale}
-    # Pictures of a small model may be enlarged alone: strength and steps say nothing then.
+    # Pictures of a small model may be enlarged alone: strength and steps say nothing then. Others
+    # may read reference pictures, which are not decoded yet and say what size is drawn.
     asked = Request(width=size[0], height=size[1], hires_scale=scale)
-    drawn = plan is None or fit_to_model(asked, plan.native_size)[0].hires_scale > 1
+    drawn = (
+        plan is None
+        or not is_small(plan.native_size)
+        or fit_to_model(asked, plan.native_size)[0].hires_scale > 1
+    )
     if body.hr_upscaler and not _is_none(body.hr_upscaler) and not is_lanczos(body.hr_upscaler):
         settings["hires_upscaler"] = body.hr_upscaler
     if (strength := body.denoising_strength) or drawn:

@@ -81,9 +81,12 @@ def understand(
     return Asked(request, None, warnings, _echo(body))
 
 
-def fitted(asked: Asked, model: str, native: tuple[int, int]) -> Asked:
-    """Return the request at a size that a model can draw. native: the size it draws best."""
-    request, size = fit_to_model(asked.request, native)
+def fitted(asked: Asked, model: str, native: tuple[int, int], plan: Plan | None = None) -> Asked:
+    """Return the request at a size that a model can draw.
+
+    native: the size it draws best. plan: the model's, None if it is not known.
+    """
+    request, size = fit_to_model(asked.request, native, plan)
     warnings = asked.warnings + enlarging_note(asked.request, request, size, model, native)
     return replace(asked, request=request, size=size, warnings=warnings)
 
