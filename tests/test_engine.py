@@ -400,7 +400,7 @@ def test_what_pixel_models_do_not_read_is_a_warning(pixels: Model, name: str, va
     ("settings", "said"),
     [
         ({"unconditional": True}, "draws from words"),
-        ({"prompt": "a cat", "image": photo(100, 32)}, "ask for width 200 and height 64"),
+        ({"prompt": "a cat", "image": photo(100, 32)}, "ask for width 456 and height 144"),
         ({"prompt": "a cat", "sampler": "ddim", "schedule": "karras"}, "karras"),
     ],
 )

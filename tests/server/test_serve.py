@@ -316,6 +316,14 @@ def test_health_answers_while_pictures_are_drawn(server: Serving) -> None:
         server.client.delete(f"/api/jobs/{job}")
 
 
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """Return a server for the tests that end its processes in turn."""
+    with Serving(tmp_path_factory.mktemp("durable"), "--exact") as running:
+        running.ready()
+        yield running
+
+
 class TestDurability:
     def test_killed_and_started_again(self, tmp_path: Path) -> None:
         """SIGKILL ends server and worker in the middle of jobs."""
@@ -347,13 +355,6 @@ class TestDurability:
         with sqlite3.connect(serving.data / "jobs.sqlite3") as database:
             assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         database.close()
-
-    @pytest.fixture(scope="class")
-    def serving(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-        """Return a server for the tests that end its processes in turn."""
-        with Serving(tmp_path_factory.mktemp("durable"), "--exact") as running:
-            running.ready()
-            yield running
 
     def test_a_poison_job_fails_and_the_others_finish(self, serving: Serving) -> None:
         poison = serving.submit(prompt="a dog", steps=1000, sampler="euler")
