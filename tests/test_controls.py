@@ -9,7 +9,7 @@ from PIL import Image
 from safelight.batch.check import Rules
 from safelight.batch.rows import Columns
 from safelight.compare import Axis, Grid, requests
-from safelight.controls import blank
+from safelight.controls import blank, matched
 from safelight.errors import SafelightError
 from safelight.region import drawn_part
 from safelight.request import Request
@@ -30,6 +30,14 @@ def test_one_value_of_a_text_is_itself() -> None:
     assert settings_of(Request)["reference_images"].parse("a.png") == ("a.png",)
     array = {"minItems": 1, "maxItems": 4}.items()
     assert array <= SCALE.schema()["anyOf"][1].items()
+
+
+def test_which_controlnet_a_name_means() -> None:
+    """Whole names come before those without folders, and each is taken once."""
+    assert matched(["b/Depth", "depth", "", "pose"], ["a/depth", "b/depth", "c"]) == (
+        {0: 1, 1: 0},
+        [2],
+    )
 
 
 def test_a_sheet_of_scales() -> None:

@@ -221,6 +221,12 @@ def test_links_lead_to_files(document: Path):
             assert (document.parent / target).is_file(), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_name_the_page_that_they_lead_to(document: Path):
+    for label, target in re.findall(r"\[([^\]]+\.md)\]\(([^)#]+)", read(document)):
+        assert label == target.removeprefix("../")
+
+
 def test_every_decision_is_in_the_index():
     index = read(DOCS / "decisions" / "README.md")
     for note in (DOCS / "decisions").glob("[0-9]*.md"):

@@ -699,6 +699,25 @@ def test_a_path_is_recorded_as_a_name(model: Model, upscalers: Path) -> None:
     assert str(upscalers) not in json.dumps(made.recipe())
 
 
+@pytest.mark.parametrize(("after", "last"), [(1, 2), (4, 4)])  # a picture has four steps
+def test_an_upscaler_that_changes_meanwhile_is_refused(
+    tmp_path: Path, after: int, last: int
+) -> None:
+    """A recipe names one file. after: the step after which there is another. last: the last one."""
+    (tmp_path / "ESRGAN").mkdir()
+    file = upscalers_tiny.saved(tmp_path / "ESRGAN" / "4x-Tiny.pth", upscalers_tiny.esrgan())
+    model = safelight.load(device="cpu", dtype="float32", models_dir=tmp_path)
+    asked = {**NETWORK, "steps": 2, "hires_steps": 2, "hires_strength": 1, "count": 2}
+    run = model.stream("a cat", **asked)
+    for _ in range(after):
+        next(iter(run))
+    upscalers_tiny.saved(file, upscalers_tiny.lively(upscalers_tiny.esrgan(), 8))
+    for _ in range(last - after):
+        next(iter(run))
+    with pytest.raises(SafelightError, match="upscaler 4x-Tiny changed while pictures were drawn"):
+        next(iter(run))
+
+
 def test_each_tile_is_a_step_of_the_engine(enlarging: Model) -> None:
     """So others have their turn between two tiles, and a dropped picture makes no more of them."""
     engine = Engine(enlarging)

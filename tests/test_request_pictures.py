@@ -9,7 +9,7 @@ from safelight.picture import open_pictures
 from safelight.request import Request
 from safelight.request_pictures import (
     INPUTS,
-    MOST,
+    MAX_PICTURES,
     PICTURES,
     by_input,
     by_setting,
@@ -26,14 +26,14 @@ RED, BLUE, GRAY = (Image.new("RGB", (64, 64), name) for name in ("red", "blue", 
 
 def test_the_table_has_all_settings_that_are_pictures() -> None:
     known = {name: one.most for name, one in settings_of(Request).items() if one.kind is None}
-    assert known == dict(MOST)
+    assert known == dict(MAX_PICTURES)
 
 
 def test_each_picture_has_a_name_of_its_own() -> None:
     assert inputs_of("image") == ("image",)
     assert inputs_of("control_image")[1:] == tuple(f"control_image_{i}" for i in (2, 3, 4))
     assert inputs_of("reference_images")[:2] == ("reference_images", "reference_images_2")
-    assert len(INPUTS) == len(set(INPUTS)) == sum(MOST.values())
+    assert len(INPUTS) == len(set(INPUTS)) == sum(MAX_PICTURES.values())
     assert {setting_of(name) for name in INPUTS} == set(PICTURES)
 
 

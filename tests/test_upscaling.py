@@ -169,12 +169,12 @@ def test_sizes_are_met_by_more_passes_and_by_lanczos(two):
 def test_what_is_too_large_is_refused_before_any_work(four):
     picture = Image.new("RGB", (7000, 2000))
     for scale, why in [
-        (2.5, "would have 17500x5000 pixels"),
+        (2.5, "would be 17500x5000: "),
         (2, "at most 200 million pixels are made; give a smaller picture, or a network that"),
         (0, "scale must be above 0 and at most 16, not 0"),
         (17, "scale must be above 0"),
         (float("nan"), "scale must be above 0"),
-        (0.001, "would have 7x2 pixels"),
+        (0.001, "would be 7x2: "),
     ]:
         with pytest.raises(SafelightError, match=why):
             four.begin(picture, scale)
@@ -210,16 +210,16 @@ def hostile() -> dict[str, tuple[dict, str]]:
     missing = {key: tensor for key, tensor in state.items() if key != "model.3.weight"}
     layers = {**state, "model.2999.weight": state["model.0.weight"]}
     return {
-        "nothing known": ({"a": torch.zeros(3)}, "none of spandrel's layouts fits"),
+        "nothing known": ({"a": torch.zeros(3)}, "none of spandrel's architectures"),
         "no numbers": (nan, "NaN"),
-        "a weight is missing": (missing, "no upscaler that is known"),
+        "a weight is missing": (missing, "not a known upscaler"),
         "a long number": ({**state, "model.12345.weight": torch.zeros(1)}, "five digits"),
-        "thousands of layers": (layers, "no upscaler"),
+        "thousands of layers": (layers, "not a known upscaler"),
         "many features": (
             {**state, "model.0.weight": torch.zeros(9000, 3, 1, 1)},
             "no upscaler: its network would be far larger than its file",
         ),
-        "a large scale": (shuffled(4, 40), "no upscaler"),
+        "a large scale": (shuffled(4, 40), "not a known upscaler"),
         "no values": (
             {
                 **tiny.swinir().state_dict(),
@@ -433,7 +433,7 @@ def test_what_was_written_is_told_if_another_picture_fails(folder, tmp_path, cap
     ]
     assert "no memory" in told.err
     # What can be known is checked before the first picture is written.
-    monkeypatch.setattr(names, "MOST_MADE", 40 * 24 * 16 - 1)
+    monkeypatch.setattr(names, "MAX_MADE", 40 * 24 * 16 - 1)
     assert command("upscale", *arguments, "--out", tmp_path / "other") == 2
     assert "a network that enlarges less" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from PIL import Image, ImageDraw, ImageFont
 
-from safelight.controls import scaled
+from safelight.controls import with_scale
 from safelight.errors import SafelightError
 from safelight.families.control import CONTROL
 from safelight.picture import save_png
@@ -124,7 +124,7 @@ def _cell(base: Request, values: dict[str, Any]) -> Request:
     """Return the request of a cell; a value of None leaves that setting out."""
     given = {name: value for name, value in values.items() if value is not None}
     if (scale := CONTROL[1]) in given:
-        given[scale] = scaled(getattr(base, scale), given[scale])
+        given[scale] = with_scale(getattr(base, scale), given[scale])
     return base.without(*(values.keys() - given.keys())).replace(**given)
 
 

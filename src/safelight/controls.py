@@ -5,13 +5,14 @@ A request has one value of a setting as it is, and several as a tuple: one for e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
 from safelight.families.control import CONTROL
 from safelight.request_pictures import MAX_CONTROLS, each, inputs_of
+from safelight.weights.matching import last_part
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from safelight.request import Request
 
 _NUMBERS = CONTROL[1:]
+OFF: dict[str, float] = dict(zip(_NUMBERS, (0.0, 0.0, 1.0), strict=True))
+"""The settings of a network that is off."""
+
 _BLANK = (8, 8)
 """The smallest size that a picture is read at."""
 
@@ -66,7 +70,7 @@ def guides(request: Request) -> Iterator[tuple[Image, Guide]]:
         yield from zip(pictures, guides_of(settings, len(pictures)), strict=True)
 
 
-def scaled(scales: Any, scale: Any) -> Any:
+def with_scale(scales: Any, scale: Any) -> Any:
     """Return control_scale with another value; networks that are off beside others stay off.
 
     scales: the value so far.
@@ -74,6 +78,24 @@ def scaled(scales: Any, scale: Any) -> Any:
     if isinstance(scale, tuple) or not (any(each(scales)) and 0 in each(scales)):
         return scale
     return tuple(scale if one else 0.0 for one in each(scales))
+
+
+def matched(asked: Sequence[str], there: Sequence[str]) -> tuple[dict[int, int], list[int]]:
+    """Return which ControlNet of ours each asked name means, by indices, and those that are left.
+
+    Names are compared without case, and without folders if the whole names differ. A name that is
+    empty, or none of those that are left, is not in the answer.
+    """
+    found: dict[int, int] = {}
+    left = list(range(len(there)))
+    for plain in (str.casefold, lambda name: last_part(name).casefold()):
+        for i, name in enumerate(asked):
+            if name and i not in found:
+                place = next((p for p in left if plain(there[p]) == plain(name)), None)
+                if place is not None:
+                    left.remove(place)
+                    found[i] = place
+    return found, left
 
 
 def first_guide(request: Request) -> Image | None:

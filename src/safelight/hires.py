@@ -15,6 +15,7 @@ from safelight.errors import SafelightError
 from safelight.families.references import size_to_draw
 from safelight.pixels import resized
 from safelight.sizes import MAX_SIDE, allowed_side
+from safelight.upscaling.names import LANCZOS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,9 +29,6 @@ HIRES = ("hires_scale", "hires_upscaler", "hires_strength", "hires_steps")
 
 MOST_STEPS = 1000
 """The most hires_steps of a request."""
-
-UPSCALER = "Lanczos"
-"""What enlarges the picture between the passes by default, by AUTOMATIC1111's name."""
 
 
 # --- what fits together --------------------------------------------------------------------------
@@ -187,5 +185,5 @@ def infotext(settings: Mapping[str, Any]) -> dict[str, Any]:
         "Denoising strength": settings["hires_strength"],
         "Hires upscale": settings["hires_scale"],
         "Hires steps": taken,
-        "Hires upscaler": settings.get("hires_upscaler", UPSCALER),
+        "Hires upscaler": settings.get("hires_upscaler", LANCZOS),
     }

@@ -116,6 +116,12 @@ def resized(
     return image.resize(size, how)
 
 
+def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the middle of a picture. size: its width and height."""
+    left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
 def strips(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
     """Yield the boxes of strips of a picture, from the top, of about a million pixels each."""
     width, height = size

@@ -16,8 +16,10 @@ from safelight.controls import Guide, guides_of
 from safelight.errors import SafelightError
 from safelight.hires import infotext
 from safelight.picture import name_of, opened, reason
+from safelight.pixels import resized
 from safelight.request import Request
 from safelight.settings import settings_of
+from safelight.upscaling.names import LANCZOS
 
 MAX_RECIPE = 256 * 1024
 
@@ -103,7 +105,7 @@ def recipe_text(recipe: dict[str, Any]) -> str:
     pairs |= infotext(settings)
     if "enlarged" in recipe and "Hires upscale" not in pairs:
         pairs["Hires resize"] = "{}x{}".format(*recipe["enlarged"])
-        pairs["Hires upscaler"] = "Lanczos"
+        pairs["Hires upscaler"] = LANCZOS
     pairs |= postprocessed(recipe.get("upscaled", []))
     pairs["Version"] = f"Safelight {recipe['safelight']}"
     loras = recipe.get("loras", [])
@@ -173,7 +175,7 @@ def enlarge(
     """Return a picture at another size, by Lanczos, and its recipe with that size noted."""
     if image.size == size:
         return image, recipe
-    return image.resize(size, Image.Resampling.LANCZOS), {**recipe, "enlarged": list(size)}
+    return resized(image, size), {**recipe, "enlarged": list(size)}
 
 
 def postprocessed(done: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

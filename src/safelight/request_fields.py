@@ -33,6 +33,7 @@ from safelight.request_ranges import (
     UpscalerName,
 )
 from safelight.settings import About
+from safelight.upscaling.names import LANCZOS
 
 _DRAWN, _LEVELS = "that of the picture", "set by fast"
 _SDXL, _FAST, _CONTROL, _IP_ADAPTER = "SDXL", "Fast mode", "ControlNet", "IP-Adapter"
@@ -159,7 +160,7 @@ class RequestFields(BasicFields):
     hires_upscaler: Annotated[
         UpscalerName,
         About(accepts="Lanczos, or an upscaler's name or file", a1111="hr_upscaler", group=_HIRES),
-    ] = Field("Lanczos", description="what enlarges the picture between the passes")
+    ] = Field(LANCZOS, description="what enlarges the picture between the passes")
     hires_strength: Annotated[
         Strength,
         About(a1111="denoising_strength", slider=(0.05, 1, 0.05), group=_HIRES),

@@ -19,15 +19,16 @@ MAX_CONTROLS = 4
 """The most pictures that guide at once, each through a network of its own."""
 
 REFERENCES = "reference_images"
-"""The setting that is a tuple of pictures, even of one; others are a tuple if they are several.
+"""The setting of the reference pictures. It is always a tuple; other settings are one only if they
+have several pictures.
 
-They have no size in common, nor with what is drawn.
+Reference pictures may differ in size from each other and from the picture that is drawn.
 """
 
 MAX_REFERENCES = 10
 """The most reference pictures of a request: each makes a step longer. Models may take fewer."""
 
-MOST = {
+MAX_PICTURES = {
     "image": 1,
     "mask": 1,
     "control_image": MAX_CONTROLS,
@@ -36,7 +37,7 @@ MOST = {
 }
 """How many pictures each setting may have. A new setting that is a picture is a row here."""
 
-PICTURES = tuple(MOST)
+PICTURES = tuple(MAX_PICTURES)
 """The settings that are pictures."""
 
 MAX_TOGETHER = 64_000_000
@@ -45,7 +46,7 @@ MAX_TOGETHER = 64_000_000
 
 def inputs_of(setting: str) -> tuple[str, ...]:
     """Return the names that the pictures of a setting may be stored under, in their order."""
-    return (setting, *(f"{setting}_{place}" for place in range(2, MOST[setting] + 1)))
+    return (setting, *(f"{setting}_{place}" for place in range(2, MAX_PICTURES[setting] + 1)))
 
 
 _SETTINGS = {name: setting for setting in PICTURES for name in inputs_of(setting)}
@@ -82,7 +83,7 @@ def by_input(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises SafelightError for more pictures than a setting may have.
     """
     found: dict[str, Any] = {}
-    for setting, most in MOST.items():
+    for setting, most in MAX_PICTURES.items():
         if (given := settings.get(setting)) is None:
             continue
         several = (given,) if most == 1 else each(given)

@@ -212,8 +212,9 @@ class Setting:
         return text
 
     def text(self, value: Any) -> Any:
-        """Return a list as one text, a line for each text or commas between numbers; other values
-        unchanged.
+        """Return a list as one text, other values unchanged.
+
+        A line for each text; commas between numbers.
         """
         between = "\n" if self.kind is tuple else ", "
         return between.join(map(str, value)) if isinstance(value, tuple | list) else value

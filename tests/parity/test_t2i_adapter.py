@@ -200,7 +200,7 @@ def test_refusals(nets: dict[str, Path], folders: dict[str, Path], tmp_path: Pat
             loaded({**folders, **nets}[model], *given)
         return str(found.value)
 
-    assert "which takes" in refused("pixels", nets["full_adapter"]) or True
+    assert "draws pixels: it takes no ControlNet" in refused("pixels", nets["full_adapter"])
     assert "with maps of 1/16" in refused(
         "sd1", adapter(tmp_path / "a", "full_adapter", downscale_factor=16)
     )

@@ -114,7 +114,7 @@ def test_kill_in_the_middle_changes_no_weight(
     """SIGKILL ends the run after the stage's first checkpoint."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     (tmp_path / "decoder.safetensors").unlink()
-    for folder in ("decoder", "previews", "embedded"):
+    for folder in ("decoder", "previews"):
         shutil.rmtree(tmp_path / folder)
     code = f"""
 import os, signal, sys
@@ -130,7 +130,6 @@ def save_and_die(path, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
 loop.save_whole = save_and_die
 recipe = Recipe(Path(sys.argv[1]), Path(sys.argv[2]), 1.0, DRY)
-recipe.embedded()
 recipe.decoder()
 """
     ended = subprocess.run(
@@ -144,7 +143,7 @@ recipe.decoder()
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     state = torch.load(tmp_path / stage / "checkpoint.pt", weights_only=True)
     assert state["step"] == DRY.every
-    run(data, tmp_path, "embedded", "decoder", "previews")
+    run(data, tmp_path, "decoder", "previews")
     assert hashes(tmp_path / "embedded") == hashes(made / "embedded")
 
 

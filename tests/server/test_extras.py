@@ -215,7 +215,7 @@ def test_without_the_library_a_line_says_how_to_get_it(
 def test_a_queue_that_is_full_says_when_to_try_again(
     server: Inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(enlargements, "MOST", 0)
+    monkeypatch.setattr(enlargements, "MAX_WAITING", 0)
     answer = asked(server, upscaler_1="4x-Tiny")
     assert (answer.status, answer.headers["retry-after"]) == (429, "30")
 
@@ -378,5 +378,5 @@ def test_a_fault_ends_only_its_own_call(server: Inside, monkeypatch: pytest.Monk
         patched.setattr(Upscaler, "call", broken)
         answer = asked(server, upscaler_1="4x-Tiny")
         assert answer.status == 500
-        assert "Safelight has a fault that this upscaler meets" in answer.json()["detail"]
+        assert "this upscaler met a fault of Safelight" in answer.json()["detail"]
     assert asked(server, upscaler_1="4x-Tiny").status == 200

@@ -403,7 +403,7 @@ def test_a_fault_of_ours_fails_one_job(
     with Inside(tmp_path, dtype="float32") as server:
         bad, good = (server.submit(prompt=prompt, **QUICK) for prompt in ("a secret", "a cat"))
         assert server.finished(good)["status"] == "succeeded"
-        assert "Safelight has a fault" in server.finished(bad)["error"]
+        assert "met a fault of Safelight" in server.finished(bad)["error"]
     log = capfd.readouterr().err
     assert all(words in log for words in ("a job failed", "OverflowError", "in resolve"))
     assert "a secret" not in log

@@ -19,7 +19,7 @@ from safelight.errors import SafelightError
 from safelight.families.control import CONTROL
 from safelight.picture import open_pictures, reason
 from safelight.request import Request
-from safelight.request_pictures import MOST, PICTURES, REFERENCES, changed, each
+from safelight.request_pictures import MAX_PICTURES, PICTURES, REFERENCES, changed, each
 from safelight.settings import Setting, settings_of, shown, unknown_setting
 from safelight.weights.digest import digest_file
 
@@ -144,7 +144,7 @@ class Rules:
 
     def _listed(self, name: str, given: Any) -> Any:
         """Return what is given for a setting's pictures, as a list if one text names several."""
-        if MOST[name] == 1 or not isinstance(given, str) or not re.search(r"[,\n]", given):
+        if MAX_PICTURES[name] == 1 or not isinstance(given, str) or not re.search(r"[,\n]", given):
             return given
         try:
             self._path(name, given)  # a file's name may have a comma

@@ -141,7 +141,7 @@ class Engine:
                     ticket = Ticket(
                         *(table, rows, size, i, seed, model.precision, tag, share),
                         prepare=partial(make, one),
-                        later=later_of(model, asked, measure, make),
+                        later=later_of(model, asked, measure, make, result.upscaler),
                         selection=selection,
                         arrived=arrived,
                     )

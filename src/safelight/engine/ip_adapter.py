@@ -14,7 +14,7 @@ from safelight.controls import in_bounds
 from safelight.families.base import Conditioning
 from safelight.nets.image_prompt import ImagePrompt, joined
 from safelight.picture import to_tensor
-from safelight.pixels import picture_sha256
+from safelight.pixels import centre_crop, picture_sha256
 
 if TYPE_CHECKING:
     from safelight.families.conditioning import Cached
@@ -111,14 +111,9 @@ def seen_pixels(image: Image.Image, size: int) -> Tensor:
     short = min(image.size)
     most = _WIDEST * short
     if max(image.size) > most:  # an endless strip would take endless memory
-        image = _middle(image, min(image.width, most), min(image.height, most))
+        image = centre_crop(image, (min(image.width, most), min(image.height, most)))
     width, height = (int(size * side / short) for side in image.size)
     image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    pixels = to_tensor(_middle(image, size, size)).add(1).div(2)
+    pixels = to_tensor(centre_crop(image, (size, size))).add(1).div(2)
     mean, deviation = (torch.tensor(t).view(1, 3, 1, 1) for t in (MEAN, DEVIATION))
     return (pixels - mean) / deviation
-
-
-def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))

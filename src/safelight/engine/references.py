@@ -12,7 +12,7 @@ from torch import Tensor
 
 from safelight.engine.inputs import covering
 from safelight.families.conditioning import Conditioning
-from safelight.pixels import picture_sha256, resized
+from safelight.pixels import centre_crop, picture_sha256, resized
 
 if TYPE_CHECKING:
     from safelight.families.conditioning import Cached
@@ -40,9 +40,7 @@ def read_references(
 
 def middle(image: Image.Image, whole: Size, part: Size) -> Image.Image:
     """Return the middle of a picture that is brought to a whole size. part: size of the middle."""
-    image = image if image.size == whole else resized(image, whole)
-    left, top = (whole[0] - part[0]) // 2, (whole[1] - part[1]) // 2
-    return image.crop((left, top, left + part[0], top + part[1]))
+    return centre_crop(image if image.size == whole else resized(image, whole), part)
 
 
 def latents_read(model: Model, request: Request) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safelight.engine.core import Engine
 from safelight.engine.job import cut, decode
+from safelight.engine.passes import check_same
 from safelight.engine.preview import decode_tiny
 from safelight.errors import SafelightError
 from safelight.request import Request
@@ -87,6 +88,7 @@ class Run:
             if self.made is None:
                 self.made, result.timings = result, timings
             else:  # each result has only the LoRAs of its own picture
+                check_same(self.made.upscaler, result.upscaler)
                 self.made.loras |= result.loras
                 self.made.warnings[:] = dict.fromkeys((*self.made.warnings, *result.warnings))
             timings["text"] += time.perf_counter() - began

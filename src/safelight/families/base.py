@@ -107,12 +107,12 @@ class Family:
 
     @property
     def edits(self) -> bool:
-        """Whether it was taught to edit a picture that is given as a reference."""
+        """Whether it was trained to edit a picture that is given as a reference."""
         return self.references > 0
 
     @property
     def only_edits(self) -> bool:
-        """Whether a picture to change is its reference, rather than one to start from."""
+        """Whether img2img of AUTOMATIC1111's API gives the picture as a reference, not a start."""
         return False
 
     def reads(
@@ -297,9 +297,10 @@ class Family:
         raise NotImplementedError
 
     def rescaled(self, model: Model, output: Tensor, prompt: Tensor) -> Tensor:
-        """Return the output that is taken of guidance's, both [1, channels, h, w].
+        """Return the guided output as the sampler takes it; families may rescale it.
 
-        prompt: the network's output for the prompt alone.
+        output: after the formula of guidance. prompt: for the prompt alone. Both are [1, channels,
+        h, w].
         """
         return output
 
@@ -344,8 +345,9 @@ class Family:
         return self.reference_sizes(size)[1]
 
     def reference_sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the size that a reference picture is brought to, and that of the middle of it
-        that is read, both for a family with `references`.
+        """Return the size that a reference picture is resized to, and that of its middle to read.
+
+        Both are for a family with `references`.
         """
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from safelight.families.latent import CLIP_G_CONFIG, CLIP_L_CONFIG, IGNORED, VAE, VAE_CONFIG
-from safelight.weights.check import Header, refusal
+from safelight.weights.check import Header, axis, refusal
 from safelight.weights.names import Section, vae_names
 from safelight.weights.names_flux2_vae import flux2_vae_names
 from safelight.weights.names_qwen import qwen_unused
@@ -113,12 +113,6 @@ def unknown_variant(header: Header, told: tuple[Any, ...], family: Family) -> Ex
 def count(shapes: Shapes, block: str) -> int:
     """Return how many blocks have this name before their number."""
     return len({key.split(".")[1] for key in shapes if key.startswith(f"{block}.")})
-
-
-def axis(shapes: Shapes, key: str, axis: int) -> int:
-    """Return the length of a tensor along an axis, 0 if it has no such axis."""
-    shape = shapes.get(key, ())
-    return shape[axis] if axis < len(shape) else 0
 
 
 # --- Stable Diffusion 3 --------------------------------------------------------------------------

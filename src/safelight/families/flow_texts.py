@@ -1,7 +1,7 @@
 """How models of flow matching read prompts: as whole texts.
 
 Weights, schedules, BREAK and AND of the prompt syntaxes have no effect on them, and a warning says
-so. (ComfyUI weights the states of T5, which then say little else.)
+so.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ class Flux(FlowFamily):
         if request.reference_images and not self.kontext:
             found.append(
                 f"{model.name} is not known to be FLUX.1 Kontext: other models of FLUX.1 were not "
-                "taught to read reference_images"
+                "trained to read reference_images"
             )
         return found
 

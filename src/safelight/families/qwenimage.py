@@ -70,7 +70,7 @@ QWEN_VAE_PART = Part(
 
 @dataclass(frozen=True, eq=False)
 class QwenImage(FlowFamily):
-    """The one variant, and what has its kind of parts in other sizes."""
+    """Qwen-Image, with parts of the published sizes or of others."""
 
     name: str
     defaults: Mapping[str, Any] = field(default_factory=lambda: _DEFAULTS)
@@ -151,7 +151,7 @@ class QwenImage(FlowFamily):
         return by_length(rows, model.network)
 
     def rescaled(self, model: Model, output: Tensor, prompt: Tensor) -> Tensor:
-        """Return the output of guidance at the length that the prompt alone gives each patch.
+        """Return the guided output, each patch rescaled to its norm for the prompt alone.
 
         As QwenImagePipeline of diffusers does, with `true_cfg_scale`.
         """

@@ -12,11 +12,10 @@ from safelight.families.flow_files import (
     Layout,
     Published,
     Shapes,
-    axis,
     count,
 )
 from safelight.families.latent import VAE
-from safelight.weights.check import Header
+from safelight.weights.check import Header, axis
 from safelight.weights.names import Section
 from safelight.weights.names_qwen import qwen_vae_names
 

@@ -1,8 +1,8 @@
 """Qwen2Model: the language model of Qwen2.5-VL, which Qwen-Image reads texts with.
 
 arXiv:2502.13923. It differs from Qwen3 (`nets.qwen3`) in its attention: queries, keys and values
-have a bias and no norm. The network that reads pictures is not built. A position of text is three
-equal numbers there, by which the rotary embeddings of pictures turn a head as plain ones do.
+have a bias and no norm. The vision encoder is not built. M-RoPE gives a text token the same
+position on all three axes, which equals plain rotary embeddings.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from safelight.nets.config import NetConfig
 
-KINDS = ("full_adapter", "full_adapter_xl", "light_adapter")
+KINDS = FULL, FULL_XL, LIGHT = ("full_adapter", "full_adapter_xl", "light_adapter")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class T2IAdapterConfig(NetConfig):
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
     num_res_blocks: int = 2
     downscale_factor: int = 8
-    adapter_type: str = "full_adapter"
+    adapter_type: str = FULL
 
     @property
     def depth(self) -> int:
@@ -38,12 +38,12 @@ class T2IAdapterConfig(NetConfig):
     @property
     def widths(self) -> tuple[int, ...]:
         """The channels of each feature map."""
-        return (*self.channels, *(self.channels[-1:] if self.adapter_type == KINDS[2] else ()))
+        return (*self.channels, *(self.channels[-1:] if self.adapter_type == LIGHT else ()))
 
     @property
     def scales(self) -> tuple[int, ...]:
         """How many pixels of the picture a place of each feature map stands for."""
-        downs = [0, 0, 1, 1] if self.adapter_type == KINDS[1] else range(len(self.widths))
+        downs = [0, 0, 1, 1] if self.adapter_type == FULL_XL else range(len(self.widths))
         return tuple(self.downscale_factor << down for down in downs)
 
     def _validate(self) -> None:
@@ -53,26 +53,29 @@ class T2IAdapterConfig(NetConfig):
             self._refuse(f"it reads {self.in_channels} channels; pictures have 3, or 1 if gray")
         if self.downscale_factor not in (1, 2, 4, 8, 16, 32):
             self._refuse(f"downscale_factor {self.downscale_factor} is no power of 2 up to 32")
-        if self.adapter_type == KINDS[1] and (
+        if self.adapter_type == FULL_XL and (
             len(self.channels) != 4 or self.channels[2] != self.channels[3]
         ):
-            self._refuse("full_adapter_xl has four feature maps, the last two of equal channels")
+            self._refuse(f"{FULL_XL} has four feature maps, the last two of equal channels")
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, whose result is added to what they read. width: of the second one."""
+    """Two convolutions with a shortcut. kernel: size of the second one's kernel."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
         self.block1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.block2 = nn.Conv2d(channels, channels, width, padding=width // 2)
+        self.block2 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block2(F.relu(self.block1(x)))
 
 
 class Level(nn.Module):
-    """What makes one feature map of the one before. down: whether its sides are halved first."""
+    """Residual blocks that make one feature map from the one before.
+
+    down: halve its sides first. light: with narrower channels inside.
+    """
 
     def __init__(self, in_ch: int, out_ch: int, blocks: int, *, down: bool, light: bool) -> None:
         super().__init__()
@@ -98,7 +101,7 @@ class T2IAdapter(nn.Module):
     def __init__(self, config: T2IAdapterConfig) -> None:
         super().__init__()
         self.config = config
-        light = config.adapter_type == KINDS[2]
+        light = config.adapter_type == LIGHT
         pixels = config.in_channels * config.downscale_factor**2
         self.conv_in = None if light else nn.Conv2d(pixels, config.channels[0], 3, padding=1)
         self.body = nn.ModuleList(

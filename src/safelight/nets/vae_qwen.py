@@ -1,9 +1,9 @@
 """AutoencoderKLQwenImage: the autoencoder of Qwen-Image, for one picture.
 
-It was made for films (arXiv:2503.20314): its convolutions reach over frames, and only backwards.
-Before a single frame there are zeros alone, so that of each kernel only the last slice in time
-counts, and what changes the number of frames does nothing. These are convolutions over pictures,
-with those slices as their weights. Norms are over the channels of each place.
+It is a video autoencoder (arXiv:2503.20314) with causal 3D convolutions. Before a single frame
+there are only zeros, so only the last slice in time of each kernel counts, and the layers that
+change the number of frames do nothing. Here it is built of 2D convolutions with those slices as
+weights.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from safelight.server.store import new_id
 from safelight.server.supervisor import Supervisor
 from safelight.server.upscaling import Wanted
 
-MOST = 32
+MAX_WAITING = 32
 """The most pictures that wait to be enlarged, or are being enlarged."""
 
 LOOK_AGAIN = 2.0
@@ -35,7 +35,10 @@ Keeper = Supervisor | Elsewhere
 
 @dataclass(frozen=True)
 class Begun:
-    """A picture that waits to be enlarged. folder: of its files. restarts: of the worker before."""
+    """A picture that waits to be enlarged.
+
+    folder: of its files. restarts: how often the worker had restarted when it was sent.
+    """
 
     key: str
     folder: Path
@@ -70,8 +73,8 @@ class Enlargements:
             raise SafelightError(ALONE, code="no_worker")
         if (why := keeper.trouble) is not None:
             raise SafelightError(f"no picture can be enlarged now: {why}", code="no_worker")
-        if len(self._waiting) >= MOST:
-            why = f"{MOST} pictures wait to be enlarged: try again in 30 s"
+        if len(self._waiting) >= MAX_WAITING:
+            why = f"{MAX_WAITING} pictures wait to be enlarged: try again in 30 s"
             raise TooMuchError(why, code="queue_full", retry_after=30)
         key, coming = new_id(), asyncio.get_running_loop().create_future()
         begun = Begun(key, self._folder / key, coming, keeper.restarts)

@@ -11,13 +11,14 @@ from typing import Any
 from safelight.defaults import BY_MODEL
 from safelight.errors import StorageError
 from safelight.families.control import CONTROL, IP_ADAPTER
-from safelight.hires import HIRES, UPSCALER
+from safelight.hires import HIRES
 from safelight.region import INPAINTING
 from safelight.request import Request
 from safelight.request_pictures import INPUTS, digest_key, setting_of
 from safelight.server.files import Files
 from safelight.server.jobs import Job
 from safelight.server.store import Store
+from safelight.upscaling.names import LANCZOS
 
 
 def accept(
@@ -53,7 +54,7 @@ def accept(
     newer = [*CONTROL] if request.control_image is None else []
     newer += IP_ADAPTER if request.ip_adapter_image is None else ()
     newer += HIRES if request.hires_scale == 1 else ()
-    newer += ["hires_upscaler"] if request.hires_upscaler == UPSCALER else []
+    newer += ["hires_upscaler"] if request.hires_upscaler == LANCZOS else []
     newer += INPAINTING if request.mask is None else ()
     whole = {name: value for name, value in whole.items() if name not in newer}
     if "seed" not in asked:

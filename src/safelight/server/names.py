@@ -38,6 +38,7 @@ from safelight.weights.check import printable, read_header
 from safelight.weights.find import PartsFinder, Source, find, parts_finder
 from safelight.weights.folder import Folder
 from safelight.weights.library import ENDINGS, Entry, Library, open_library
+from safelight.weights.matching import last_part
 from safelight.weights.plan import Plan, read_plan
 
 MAX_READERS = 8
@@ -92,7 +93,7 @@ class Names:
         widths = {key: net.hidden_size for key, net in self._reader(model).encoders.items()}
         found: dict[str, EmbeddingFile | SafelightError] = {}
         for entry in self.entries("embedding"):
-            name = entry.name.rpartition("/")[2]
+            name = last_part(entry.name)
             try:
                 one = look_at(entry.path, name)
                 one.fitting(widths)

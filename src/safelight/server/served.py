@@ -18,6 +18,7 @@ from safelight.server.wording import clipped
 from safelight.weights.digest import known_digest
 from safelight.weights.find import BUILT_IN, MODELS, Source, find, on_disk
 from safelight.weights.library import ENDINGS, Entry, Library, open_library
+from safelight.weights.matching import last_part
 
 MAX_NAME = 300
 """The most characters of a model's name in a request: comparing names takes time for each one."""
@@ -97,7 +98,7 @@ class Served:
         readings: tuple[Callable[[str], bool], ...] = (
             lambda name: _plain(name) == plain,
             lambda name: _plain(name).casefold() == plain.casefold(),
-            lambda name: _last(_plain(name)).casefold() == plain.casefold(),
+            lambda name: last_part(_plain(name)).casefold() == plain.casefold(),
         )
         for reading in readings:
             found = [name for name in names if reading(name)]
@@ -157,10 +158,6 @@ def _plain(name: str) -> str:
     return name[: len(name) - len(ending)]
 
 
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
 def _digest(source: Source) -> str | None:
     try:
         return known_digest(source.path) if source.path.is_file() else None
@@ -172,7 +169,7 @@ def _closest(asked: str, names: Iterable[str]) -> str:
     """Return the end of an error: the closest name, or the names that there are."""
     names = list(names)
     folded = {_plain(name).casefold(): name for name in names}
-    near = get_close_matches(_last(asked).casefold(), folded, 1, 0.6)
+    near = get_close_matches(last_part(asked).casefold(), folded, 1, 0.6)
     if near:
         return f"did you mean {folded[near[0]]!r}?"
     shown = ", ".join(clipped(name, 60) for name in names[:MAX_TOLD])

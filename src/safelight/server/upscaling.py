@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 AT_ONCE = 2
 """The most pictures that the worker has in memory to enlarge them."""
 
-FAULT = "Safelight has a fault that this upscaler meets, and its log says where: try another"
+FAULT = "this upscaler met a fault of Safelight; the server's log says where: try another"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Upscaling:
         return self._works or bool(self._answers)
 
     def on_message(self, kind: str, rest: list[Any]) -> None:
-        """Begin a picture, or stop with one."""
+        """Start enlarging a picture, or cancel it."""
         with self._lock:
             if kind == "stop upscaling":
                 if self._new.pop(rest[0], None) is None:

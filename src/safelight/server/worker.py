@@ -35,7 +35,7 @@ look into a queue that had no job to take in."""
 LOADING = 0.05
 """Seconds between two checks whether a model was loaded, while nothing is drawn."""
 
-FAULT = "Safelight has a fault that this request meets, and its log says where: try another prompt"
+FAULT = "this request met a fault of Safelight; the worker's log says where: try another prompt"
 """The error of a job that none of our checks refuses, and that cannot be begun."""
 
 

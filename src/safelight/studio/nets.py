@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safelight.controls import is_blank
+from safelight.controls import OFF, is_blank, matched
 from safelight.families.control import CONTROL
 from safelight.recipe import is_ip_adapter, listed_files
 from safelight.request_pictures import digest_key, each, inputs_in, inputs_of, setting_of
 from safelight.studio.suits import Suits
 
 _PICTURE = CONTROL[0]
-_OFF: dict[str, float] = dict(zip(CONTROL[1:], (0.0, 0.0, 1.0), strict=True))
-"""The settings of a ControlNet that a recipe has no picture for."""
 
 
 def recorded(recipe: Mapping[str, Any]) -> list[str]:
@@ -55,7 +53,7 @@ def arranged(
     """
     inputs, there = inputs_of(_PICTURE), suits.controlnets
     given = [name for name in inputs_in(settings) if name in inputs]
-    numbers = {name: each(settings[name]) for name in _OFF if name in settings}
+    numbers = {name: each(settings[name]) for name in OFF if name in settings}
     if not there or not given or len(given) > len(there) or len(names) != len(given):
         return {**settings}, {**stored}, []
     if any(len(values) not in (1, len(given)) for values in numbers.values()):
@@ -71,7 +69,7 @@ def arranged(
     for name, values in numbers.items():
         if len(values) > 1:
             by_place = dict(zip(places, values, strict=True))
-            found[name] = [by_place.get(place, _OFF[name]) for place in range(len(there))]
+            found[name] = [by_place.get(place, OFF[name]) for place in range(len(there))]
     return found, pictures, told
 
 
@@ -89,21 +87,11 @@ def lost(settings: Mapping[str, Any], stored: Mapping[str, Any], suits: Suits) -
 
 def _places(names: Sequence[str], there: Sequence[str]) -> tuple[list[int], list[str]]:
     """Return the place of each name among ours, and a sentence for each that is none of ours."""
-    free = list(range(len(there)))
-    ours, asked = ([_plain(one) for one in several] for several in (there, names))
-    taken: dict[int, int] = {}
-    for i, name in enumerate(asked):
-        if (place := next((p for p in free if ours[p] == name), None)) is not None:
-            free.remove(place)
-            taken[i] = place
+    taken, left = matched(names, there)
     told: list[str] = []
     for i, name in enumerate(names):
         if i not in taken:
-            taken[i] = free.pop(0)
+            taken[i] = left.pop(0)
             if name:
                 told.append(f"the ControlNet {name:.60}, for which {there[taken[i]]} is used")
     return [taken[i] for i in range(len(names))], told
-
-
-def _plain(name: str) -> str:
-    return name.rpartition("/")[2].casefold()

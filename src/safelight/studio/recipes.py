@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safelight.errors import SafelightError
-from safelight.hires import UPSCALER, steps_to_take
+from safelight.hires import steps_to_take
 from safelight.keywords import MaskContent
 from safelight.picture import opened
 from safelight.recipe import is_ip_adapter, parse_recipe_text, read_recipe
-from safelight.request_pictures import MAX_CONTROLS, MOST, digest_key, inputs_of
+from safelight.request_pictures import MAX_CONTROLS, MAX_PICTURES, digest_key, inputs_of
 from safelight.sampler_names import SPACINGS, sampler_and_schedule
 from safelight.sampling import SAMPLERS
 from safelight.server.caged import exif_comment
 from safelight.server.decoder import Sent
 from safelight.sizes import SIDE_STEP
 from safelight.studio.nets import named, pairs_of, recorded
+from safelight.upscaling.names import LANCZOS
 
 _PLAIN = ("", "normal", "automatic", "uniform")
 """Other programs' names of a model's own schedule."""
@@ -132,7 +133,7 @@ def recipe_settings(source: str | Path | bytes) -> dict[str, Any]:
         read = (*read, *(_HIRES if second else ()))
     others = {name: v for name, v in pairs.items() if name not in read}
     upscaler = others.get("Hires upscaler", "")
-    if again and (upscaler == UPSCALER or "hires_upscaler" in found):
+    if again and (upscaler == LANCZOS or "hires_upscaler" in found):
         del others["Hires upscaler"]
     return others | found
 
@@ -157,8 +158,8 @@ def _second_pass(pairs: dict[str, str], first: dict[str, Any]) -> dict[str, Any]
         found: dict[str, Any] = {"hires_scale": scale, "hires_strength": float(strength or UNTOLD)}
         if steps is not None:
             found["hires_steps"] = steps_to_take(int(steps), found["hires_strength"])
-        upscaler = pairs.get("Hires upscaler", UPSCALER)
-        if upscaler not in (UPSCALER, "None") and not upscaler.startswith("Latent"):
+        upscaler = pairs.get("Hires upscaler", LANCZOS)
+        if upscaler not in (LANCZOS, "None") and not upscaler.startswith("Latent"):
             found["hires_upscaler"] = upscaler
         return found
     return {}
@@ -188,7 +189,7 @@ def _guided(units: Sequence[str]) -> dict[str, Any]:
         kinds["ip_adapter" if prompts else "control"].append(pairs)
     found: dict[str, Any] = {}
     for kind, given in kinds.items():
-        given = given[: MOST[f"{kind}_image"]]
+        given = given[: MAX_PICTURES[f"{kind}_image"]]
         found |= {digest_key(name): "" for name in inputs_of(f"{kind}_image")[: len(given)]}
         for name, end in _OF_UNIT.items():
             with suppress(KeyError, ValueError):

@@ -2,5 +2,6 @@
 
 The networks are those of the library spandrel, the files are read by our own checks:
 `names` (without PyTorch), `network` (a file becomes a network), `tiles` (a picture in parts),
-`upscaler` (pictures in and out), `record` (what a picture's file says about it).
+`upscaler` (pictures in and out), `loaded` (those that a process keeps), `record` (what a picture's
+file says about it).
 """

@@ -19,10 +19,10 @@ ALIASES = {
 }
 """AUTOMATIC1111's names of upscalers whose files are called otherwise."""
 
-MOST_TIMES = 16
+MAX_SCALE = 16
 """The most that a picture is enlarged."""
 
-MOST_MADE = 200_000_000
+MAX_MADE = 200_000_000
 """The most pixels that a network may make, before its picture is reduced to the size asked for.
 
 A phone's photo of 12 million pixels has 192 million once it is enlarged 4 times. Each takes 4
@@ -57,10 +57,10 @@ def check_installed() -> None:
 def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """Return a size enlarged; see `check_size`, which it satisfies.
 
-    Raises SafelightError for a scale that is not above 0 and at most MOST_TIMES.
+    Raises SafelightError for a scale that is not above 0 and at most MAX_SCALE.
     """
-    if not 0 < scale <= MOST_TIMES:
-        raise SafelightError(f"scale must be above 0 and at most {MOST_TIMES}, not {scale:g}")
+    if not 0 < scale <= MAX_SCALE:
+        raise SafelightError(f"scale must be above 0 and at most {MAX_SCALE}, not {scale:g}")
     width, height = (round(side * scale) for side in size)
     check_size((width, height))
     return width, height
@@ -71,8 +71,9 @@ def check_size(size: tuple[int, int]) -> None:
     width, height = size
     if width * height > MAX_PIXELS or max(size) > MAX_SIDE or min(size) < MIN_SIDE:
         raise SafelightError(
-            f"the enlarged picture would have {width}x{height} pixels: sides of {MIN_SIDE} to "
-            f"{MAX_SIDE} and {MAX_PIXELS // 10**6} million pixels are the most; another scale fits"
+            f"the enlarged picture would be {width}x{height}: sides may have {MIN_SIDE} to "
+            f"{MAX_SIDE} pixels, and a picture up to {MAX_PIXELS // 10**6} million; "
+            "give another scale"
         )
 
 
@@ -84,15 +85,15 @@ def passes(
     times: how much it enlarges. wanted: the size to reach. The network is used again until its
     picture is as large, and once at least.
 
-    Raises SafelightError if a picture in between would have more than MOST_MADE pixels.
+    Raises SafelightError if a picture in between would have more than MAX_MADE pixels.
     """
     found = []
     while True:
         made = size[0] * times, size[1] * times
-        if made[0] * made[1] > MOST_MADE:
+        if made[0] * made[1] > MAX_MADE:
             raise SafelightError(
                 f"the upscaler enlarges {times} times, and {size[0]}x{size[1]} would become "
-                f"{made[0]}x{made[1]}: at most {MOST_MADE // 10**6} million pixels are made; "
+                f"{made[0]}x{made[1]}: at most {MAX_MADE // 10**6} million pixels are made; "
                 "give a smaller picture, or a network that enlarges less"
             )
         found.append((size, made))

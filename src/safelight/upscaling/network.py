@@ -1,4 +1,4 @@
-"""An upscaler's file becomes a network of the library spandrel, which knows their layouts.
+"""An upscaler's file becomes a network of the library spandrel, which knows its architecture.
 
 spandrel would open the file itself. Here the tensors come from our own checks, and spandrel gets a
 table of them. It makes a network of the sizes that they show; `_Bounded` keeps that from taking
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from safelight.errors import SafelightError, first_line
-from safelight.upscaling.names import MISSING, MOST_TIMES, check_installed
+from safelight.upscaling.names import MAX_SCALE, MISSING, check_installed
 from safelight.weights.check import Header, refusal
 from safelight.weights.headers import plain_header_of
 from safelight.weights.tensors import is_finite, open_tensors
@@ -34,7 +34,7 @@ from safelight.weights.tensors import is_finite, open_tensors
 if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
 
-MOST_BYTES = 2 * 2**30
+MAX_BYTES = 2 * 2**30
 """The most bytes of an upscaler's tensors. The largest that people use have 0.2 GB."""
 
 _ROOM = 64 * 2**20
@@ -53,14 +53,14 @@ def load_network(path: Path, name: str | None = None) -> ImageModelDescriptor[An
     name: what to call the file in errors.
 
     Raises SafelightError, one line, if the file is not read (see `header_of`), if spandrel does not
-    know its layout, or if the network does not make a larger picture of one in colour.
+    know its architecture, or if the network does not make a larger picture of one in colour.
     """
     check_installed()
     header = plain_header_of(path, "an upscaler", name)
-    if sum(info.end - info.start for info in header.tensors.values()) > MOST_BYTES:
-        raise refusal(header.name, f"an upscaler of more than {MOST_BYTES >> 30} GiB")
+    if sum(info.end - info.start for info in header.tensors.values()) > MAX_BYTES:
+        raise refusal(header.name, f"an upscaler of more than {MAX_BYTES >> 30} GiB")
     if any(_LONG_NUMBER.search(key) for key in header.tensors):
-        # Networks count their layers; a layout is guessed by the largest number.
+        # Networks count their layers; an architecture is guessed by the largest number.
         raise refusal(header.name, "no upscaler: a name with a number of five digits")
     for key, info in header.tensors.items():
         if 0 in info.shape:  # sizes of networks follow from shapes, and these cost no bytes
@@ -71,7 +71,7 @@ def load_network(path: Path, name: str | None = None) -> ImageModelDescriptor[An
         found = _detected(dict(table), header.name)
         if found is not None:
             return _checked(found, header.name)
-    raise refusal(header.name, "no upscaler that is known: none of spandrel's layouts fits")
+    raise refusal(header.name, "not a known upscaler: it fits none of spandrel's architectures")
 
 
 def _tensors(header: Header) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _detected(table: dict[str, Any], name: str) -> Any:
-    """Return the network of a table, None if no layout fits."""
+    """Return the network of a table, None if no architecture fits."""
     spandrel = library()
     bytes_ = sum(tensor.numel() * tensor.element_size() for tensor in table.values())
     try:
@@ -126,7 +126,7 @@ def _detected(table: dict[str, Any], name: str) -> Any:
         raise refusal(name, f"no upscaler: {first_line(error)}") from None
     except Exception as error:  # the library raises whatever a misshapen table makes it raise
         told = re.sub(r"\s+", " ", str(error)) or type(error).__name__
-        raise refusal(name, f"no upscaler that is known: {told}") from None
+        raise refusal(name, f"not a known upscaler: {told}") from None
 
 
 def _checked(found: Any, name: str) -> Any:
@@ -138,8 +138,8 @@ def _checked(found: Any, name: str) -> Any:
             f"reads {found.input_channels} channels and makes {found.output_channels}; "
             "an upscaler of pictures in colour is needed (3 and 3)",
         )
-    if not 1 <= found.scale <= MOST_TIMES:
-        raise refusal(name, f"enlarges {found.scale} times; 1 to {MOST_TIMES} are possible")
+    if not 1 <= found.scale <= MAX_SCALE:
+        raise refusal(name, f"enlarges {found.scale} times; 1 to {MAX_SCALE} are possible")
     found.eval()
     found.model.requires_grad_(False)
     return found

@@ -10,7 +10,7 @@ from safelight.errors import SafelightError
 from safelight.recipe import parse_recipe_text, parsed, png_texts, postprocessed
 from safelight.upscaling.names import LANCZOS, TILE
 
-MOST_TIMES_NOTED = 8
+MAX_NOTED = 8
 """The most enlargements of a picture that its recipe notes."""
 
 _MOST_SCALE = 1e5
@@ -43,7 +43,7 @@ def noted(texts: Mapping[str, str], done: Mapping[str, Any]) -> dict[str, str]:
     if "safelight" in texts:
         recipe = parsed(texts["safelight"])
         before = checked(recipe)
-        if len(before) >= MOST_TIMES_NOTED:
+        if len(before) >= MAX_NOTED:
             raise SafelightError(f"the picture was enlarged {len(before)} times already")
         try:
             return png_texts({**recipe, "upscaled": [*before, dict(done)]})
@@ -69,7 +69,7 @@ def checked(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     if recipe.get("enlarged") is not None and not _is_size(recipe["enlarged"]):
         raise SafelightError("the recipe's size `enlarged` is not one that Safelight writes")
     found = recipe.get("upscaled", [])
-    good = isinstance(found, list) and len(found) <= MOST_TIMES_NOTED
+    good = isinstance(found, list) and len(found) <= MAX_NOTED
     for one in found if good else ():
         good = good and isinstance(one, dict) and _is_size(one.get("size"))
         good = good and isinstance(one.get("name"), str)

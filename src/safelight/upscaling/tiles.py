@@ -19,7 +19,7 @@ from safelight.upscaling.names import TILE
 
 OVERLAP = 32
 BLEND = 8
-LEAST_TILE = 128
+MIN_TILE = 128
 ALIGNED = 32
 """Tiles begin at multiples of it: the windows of transformers, of 8 or 16 pixels, lie the same."""
 
@@ -37,7 +37,7 @@ class Span:
 def spans(length: int, tile: int = TILE) -> list[Span]:
     """Return the tiles along a side of `length` pixels, of about the same size.
 
-    tile: the most pixels of one, at least LEAST_TILE.
+    tile: the most pixels of one, at least MIN_TILE.
     """
     if length <= tile:
         return [Span(0, length, 0, length)]
@@ -74,7 +74,7 @@ class Tiled:
     """Enlarges a picture, a tile at each `step`, and hands on what is finished of it.
 
     call: enlarges a picture of float32 [1, 3, h, w] in 0…1 by `scale`, and may return it on another
-    device. picture: the same, or of any type that `call` takes. take: called with rows of the
+    device. picture: [1, 3, H, W], of any dtype that `call` takes. take: called with rows of the
     enlarged picture, float32 [1, 3, h, w · scale] on the picture's device, from the top. tile: see
     `spans`; None: the picture is one tile.
 

@@ -20,7 +20,7 @@ from safelight.pixels import resized
 from safelight.progress import get_on
 from safelight.upscaling.names import TILE, check_size, passes, scaled
 from safelight.upscaling.network import load_network
-from safelight.upscaling.tiles import LEAST_TILE, Tiled, spans
+from safelight.upscaling.tiles import MIN_TILE, Tiled, spans
 from safelight.weights.check import refusal
 from safelight.weights.digest import digest_file
 from safelight.weights.find import find_upscaler
@@ -37,7 +37,7 @@ class Upscaler:
     """A network that enlarges pictures.
 
     name, sha256: of its file. scale: how many times it enlarges. architecture: spandrel's name of
-    its layout. device: where it computes, in float32.
+    it. device: where it computes, in float32.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Upscaler:
 
         picture: an image, a file, or a file's bytes. scale: how many times; None: as the network
         does. size: width and height in place of scale. What the network makes is resized to them
-        by Lanczos. tile: see `tiles`; less takes less memory. on_tile: called after each tile with
-        the number of those that are made, and of all.
+        by Lanczos. tile: the most pixels of a tile's side, at least 128; a smaller one takes less
+        memory. on_tile: called after each tile with the number of those that are made, and of all.
 
-        Raises SafelightError for a picture that cannot be read or would become too large, and if
-        the memory does not suffice.
+        Raises SafelightError for a picture that cannot be read, a scale or tile out of bounds, a
+        result that would be too large, and if the memory does not suffice.
         """
         if not isinstance(picture, Image.Image):
             picture = open_picture(picture)
@@ -95,8 +95,8 @@ class Upscaler:
         """Return the work of `upscale`, which makes a tile at each step. Raises as it does."""
         if size is None:
             size = scaled(picture.size, self.scale if scale is None else scale)
-        if tile < LEAST_TILE:
-            raise SafelightError(f"tile must be at least {LEAST_TILE}, not {tile}")
+        if tile < MIN_TILE:
+            raise SafelightError(f"tile must be at least {MIN_TILE}, not {tile}")
         return Enlargement(self, picture, size, None if self._whole else tile)
 
     def call(self, picture: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ class Upscaler:
         """
         with self.enough_memory():
             try:
-                # Some layouts keep constants of their own; a mode that is left gives normal
-                # tensors.
+                # Some architectures keep constants of their own; a mode that is left gives
+                # normal tensors.
                 with torch.inference_mode():
                     return self._network(picture.to(self.device)).float()
             except Exception as error:  # a network may not take a size

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -82,6 +82,12 @@ def refusal(name: str, why: str, *, code: str = "invalid") -> SafelightError:
     its end out of sight.
     """
     return SafelightError(f"{printable(name, 60)}: {printable(why, 138)}", code=code)
+
+
+def axis(shapes: Mapping[str, tuple[int, ...]], name: str, place: int) -> int:
+    """Return the length of an axis of a tensor; 0 if there is none, which no config may have."""
+    shape = shapes.get(name, ())
+    return shape[place] if place < len(shape) else 0
 
 
 def printable(text: str, limit: int) -> str:

@@ -18,7 +18,7 @@ from safelight.errors import SafelightError
 from safelight.families.part import Part
 from safelight.request_pictures import each
 from safelight.weights import t2i_adapters
-from safelight.weights.check import Header, refusal
+from safelight.weights.check import Header, axis, refusal
 from safelight.weights.find import Source, find_controlnet
 from safelight.weights.folder import Folder
 from safelight.weights.headers import plain_header_of
@@ -173,14 +173,14 @@ def _raw_config(weights: Mapping[str, Weight], model: Plan) -> dict[str, Any]:
     depths = [_depth(weights, f"down_blocks.{i}.attentions.0.") for i in levels]
     middle = _depth(weights, "mid_block.attentions.0.")
     shapes = {name: weight.shape for name, weight in weights.items() if len(weight.shape) == 4}
-    hint = [_channels(shapes, f"{_HINT}conv_in.weight", 0)]
+    hint = [axis(shapes, f"{_HINT}conv_in.weight", 0)]
     while (name := f"{_HINT}blocks.{2 * len(hint) - 1}.weight") in shapes:
-        hint.append(_channels(shapes, name, 0))
+        hint.append(axis(shapes, name, 0))
     return {
         **{key: value for key, value in unet.items() if key not in left_out},
         "_class_name": PART.network,
-        "in_channels": _channels(shapes, "conv_in.weight", 1),
-        "conditioning_channels": _channels(shapes, f"{_HINT}conv_in.weight", 1),
+        "in_channels": axis(shapes, "conv_in.weight", 1),
+        "conditioning_channels": axis(shapes, f"{_HINT}conv_in.weight", 1),
         "conditioning_embedding_out_channels": hint,
         "down_block_types": [
             "DownBlock2D" if n is None else "CrossAttnDownBlock2D" for n in depths
@@ -192,11 +192,6 @@ def _raw_config(weights: Mapping[str, Weight], model: Plan) -> dict[str, Any]:
         ],
         "reverse_transformer_layers_per_block": None,
     }
-
-
-def _channels(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> int:
-    """Return the channels of a convolution; 0 if it is not there, which no config may have."""
-    return shapes[name][axis] if name in shapes else 0
 
 
 def _depth(weights: Mapping[str, Weight], begins: str) -> int | None:

@@ -94,8 +94,8 @@ def convert(
     plan = with_autoencoders(plan, vaes)
     if not all(part.whole for part in plan.parts.values()):
         raise SafelightError(
-            f"{plan.source.name} cannot be converted: of {plan.family.title}'s text encoder and "
-            "autoencoder, what only pictures and films need is not read"
+            f"{plan.source.name} cannot be converted: the parts of {plan.family.title}'s text "
+            "encoder and autoencoder that only images and video need are not read"
         )
     beside = _beside(plan)
     _check_place(path, plan, beside)

@@ -41,8 +41,8 @@ _TEXT_ENCODER = re.compile(
     r"|(enc\.)?blk\.0\.attn_q\.weight"
 )
 _DENOISER = ("model.diffusion_model.", "first_stage_model.", "double_blocks.", "joint_blocks.")
-# Of the commonest layouts: of SwinIR and most others, ESRGAN, Compact, SPAN, OmniSR, PLKSR, MoSR,
-# SAFMN, DCTLSA, DITN, Real-CUGAN and RCAN.
+# Of the commonest architectures: SwinIR and most others, ESRGAN, Compact, SPAN, OmniSR, PLKSR,
+# MoSR, SAFMN, DCTLSA, DITN, Real-CUGAN and RCAN.
 _UPSCALER = re.compile(
     r"(params(_ema|-ema)?\.|module\.|netG\.)?"
     r"(conv_first\.weight|RRDB_trunk\.|model\.1\.sub\.|body\.0\.(weight$|rdb1\.)|block_1\.c1_r\."

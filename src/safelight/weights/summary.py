@@ -26,8 +26,9 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
     Returns name, path, kind, family, components (parameters, stored dtypes and bytes of each
     network), parameters and dtypes of all, size_on_disk (bytes), prediction_type, native_size
     (width, height), and warnings. Of an upscaler, which is small and is loaded: name, path, kind,
-    family (its layout), scale, parameters, dtypes, size_on_disk and warnings. Raises SafelightError
-    as `load_model` does for a malformed one.
+    family (its architecture), scale, parameters, dtypes, size_on_disk and warnings.
+
+    Raises SafelightError as `load_model` does for a malformed one.
     """
     if (upscaler := _upscaler(name, models_dir)) is not None:
         return _upscaler_summary(upscaler)
@@ -36,7 +37,7 @@ def inspect(name: str | Path, *, models_dir: str | Path | None = None) -> dict[s
     try:
         plan = read_plan(source, parts=installed, partial=True)
     except SafelightError:
-        # Not all layouts of upscalers are known by their names alone.
+        # Not all architectures of upscalers are known by their names alone.
         if (told := _perhaps_upscaler(source)) is None:
             raise
         return told

@@ -8,11 +8,9 @@ and from the file's keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from safelight.families.part import Part
-from safelight.weights.check import Header, refusal
+from safelight.weights.check import Header, axis, refusal
 from safelight.weights.find import Source
 from safelight.weights.names import Weight
 from safelight.weights.networks import read_config
@@ -32,6 +30,8 @@ _INNER = re.compile(r"body\.(\d{1,3})\.(?:body|resnets)\.(\d{1,3})\.(block\d\..*
 
 def plan_file(source: Source, header: Header, model: Plan) -> Addition:
     """Return what a file holds. Raises SafelightError if it does not fit the model."""
+    from safelight.nets.t2i_adapter import FULL, FULL_XL, LIGHT  # with PyTorch
+
     keys = {key.removeprefix(PREFIX): key for key in header.tensors}
     shapes = {name: header.tensors[key].shape for name, key in keys.items()}
     light = any(".out_conv." in name for name in keys)
@@ -59,10 +59,11 @@ def plan_file(source: Source, header: Header, model: Plan) -> Addition:
         ours = {name: ours.get(name, name) for name in keys}
     weights = {ours[name]: Weight(header, key, shapes[name]) for name, key in keys.items()}
     last = "out_conv" if light else "resnets.0.block1"
-    channels = [_axis(weights, f"body.{i}.{last}.weight", 0) for i in range(levels)]
+    sizes = {name: weight.shape for name, weight in weights.items()}
+    channels = [axis(sizes, f"body.{i}.{last}.weight", 0) for i in range(levels)]
     is_xl = levels == len(_scales(model))
     factor = model.configs["vae"].factor * (2 if is_xl else 1)
-    read = _axis(weights, "body.0.in_conv.weight" if light else "conv_in.weight", 1)
+    read = axis(sizes, "body.0.in_conv.weight" if light else "conv_in.weight", 1)
     colours, rest = divmod(read, factor**2)
     if rest or colours not in (1, 3):
         raise refusal(
@@ -76,7 +77,7 @@ def plan_file(source: Source, header: Header, model: Plan) -> Addition:
         "channels": channels[:-1] if light else channels,  # the last two of a light one are equal
         "num_res_blocks": blocks,
         "downscale_factor": factor,
-        "adapter_type": "light_adapter" if light else "full_adapter" + "_xl" * is_xl,
+        "adapter_type": LIGHT if light else FULL_XL if is_xl else FULL,
     }
     config = read_config(source, PART, raw, where="")
     return Addition(source, PART, raw, config, weights, {source.path.name: header.path})
@@ -121,9 +122,3 @@ def _levelled(block: re.Match[str], blocks: int) -> str:
     level, place = divmod(int(block[1]), blocks)
     inside = block[2] if block[2].startswith("in_conv.") else f"resnets.{place}.{block[2]}"
     return f"body.{level}.{inside}"
-
-
-def _axis(weights: Mapping[str, Weight], name: str, axis: int) -> int:
-    """Return the length of an axis of a weight; 0 if it is not there, which no config may have."""
-    shape: tuple[Any, ...] = weights[name].shape if name in weights else ()
-    return shape[axis] if len(shape) > axis else 0

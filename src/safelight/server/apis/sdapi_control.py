@@ -14,7 +14,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from PIL import Image, ImageOps
 
-from safelight.controls import blank
+from safelight.controls import OFF, blank, matched
 from safelight.errors import SafelightError
 from safelight.hires import final_size
 from safelight.recipe import IP_ADAPTER_MODULE, is_ip_adapter
@@ -42,9 +42,6 @@ _RESIZE: dict[object, Callable[..., Image.Image]] = {
 """The functions for the extension's modes, by number and by name, also of earlier versions."""
 
 _PICTURES = ("image", "input_image")
-_OFF = {"control_scale": 0.0}
-"""The settings of a ControlNet that no unit is for."""
-
 _BALANCED = (None, 0, "Balanced")
 
 
@@ -131,10 +128,10 @@ def guided(
     prompts = [(unit, picture) for unit, picture in units if unit.resize is None]
     guides = {unit.place: (unit, picture) for unit, picture in units if unit.resize is not None}
     if guides:
-        settings = [guides[i][0].settings if i in guides else _OFF for i in range(count)]
+        settings = [guides[i][0].settings if i in guides else OFF for i in range(count)]
+        defaults = {name: settings_of(Request)[name].default for name in OFF}
         found: dict[str, Any] = {
-            name: [one.get(name, default) for one in settings]
-            for name, default in (("control_scale", 1.0), ("control_start", 0), ("control_end", 1))
+            name: [one.get(name, default) for one in settings] for name, default in defaults.items()
         }
         pictures = [guides[i][1] if i in guides else blank() for i in range(count)]
         found |= _sides(request, native) if request.image is None else {}
@@ -239,22 +236,16 @@ def _places(
 
     there: the names of ours. Raises SafelightError for a name that is none of them.
     """
-    free = list(range(len(there)))
-    names = [str(unit.get("model") or "none").partition(" [")[0].casefold() for unit in units]
-    known = [name.casefold() for name in there]
-    taken: dict[int, int] = {}
+    names = [str(unit.get("model") or "none").partition(" [")[0] for unit in units]
+    names = ["" if name.casefold() in ("none", "auto") else name for name in names]
+    for name in names:
+        if name and not matched([name], there)[0]:
+            ours = ", ".join(map(repr, there))
+            raise SafelightError(f"controlnet: there is no model {name!r:.60}, only {ours:.200}")
+    taken, left = matched(names, there)
     for i, name in enumerate(names):
-        if name in ("none", "auto"):
-            continue
-        if name not in known:
-            asked, ours = str(units[i]["model"]).partition(" [")[0], ", ".join(map(repr, there))
-            raise SafelightError(f"controlnet: there is no model {asked!r:.60}, only {ours:.200}")
-        if (place := next((p for p in free if known[p] == name), None)) is not None:
-            free.remove(place)
-            taken[i] = place
-    for i, name in enumerate(names):
-        if name in ("none", "auto") and free:
-            taken[i] = free.pop(0)
+        if not name and left:
+            taken[i] = left.pop(0)
     return [(units[i], place) for i, place in sorted(taken.items())], len(units) - len(taken)
 
 

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from safelight.errors import SafelightError
 from safelight.picture import MAX_PIXELS, encode, open_picture
-from safelight.pixels import resized
+from safelight.pixels import centre_crop, resized
 from safelight.recipe import MAX_RECIPE
 from safelight.server.apis.sdapi_bodies import Number, Whole
 from safelight.server.apis.sdapi_errors import Route
@@ -30,7 +30,7 @@ from safelight.upscaling.names import ALIASES, LANCZOS, check_size, installed, i
 from safelight.upscaling.record import entry, noted
 
 NONE = "None"
-MOST_PICTURES = 64
+MAX_PICTURES = 64
 _SCALE = re.compile(
     r"^([1-8])x(?=[a-z])|(?<![0-9a-z])x?([1-8])x(?![a-z0-9])|x([1-8])(?![0-9])", re.IGNORECASE
 )
@@ -81,9 +81,7 @@ class Extras(BaseModel):
         """Return the middle of an enlarged picture, if a width and height are asked for."""
         if self.resize_mode == 0 or not self.upscaling_crop or not self.upscalers():
             return picture
-        width, height = self.upscaling_resize_w, self.upscaling_resize_h
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-        return picture.crop((left, top, left + width, top + height))
+        return centre_crop(picture, (self.upscaling_resize_w, self.upscaling_resize_h))
 
     def warnings(self) -> list[str]:
         """Return warnings about what is not done."""
@@ -101,7 +99,7 @@ class NamedImage(BaseModel):
 
 
 class BatchImages(Extras):
-    imageList: Annotated[list[NamedImage], Field(min_length=1, max_length=MOST_PICTURES)]  # noqa: N815
+    imageList: Annotated[list[NamedImage], Field(min_length=1, max_length=MAX_PICTURES)]  # noqa: N815
 
 
 @router.post("/extra-single-image")

@@ -24,6 +24,7 @@ from safelight.server.apis.sdapi_names import (
 from safelight.server.bodies import turn
 from safelight.server.callers import hub_of
 from safelight.server.names import Names
+from safelight.weights.matching import last_part
 
 MAX_TOLD = 4 << 20
 """The most characters of LoRAs' metadata in one answer: each file may hold megabytes."""
@@ -110,7 +111,7 @@ def _loras(names: Names) -> list[dict[str, Any]]:
         metadata = names.metadata(entry)
         told += sum(len(key) + len(value) for key, value in metadata.items())
         metadata = metadata if told < MAX_TOLD else {}
-        name = entry.name.rpartition("/")[2]
+        name = last_part(entry.name)
         alias = metadata.get("ss_output_name") or name
         found.append({"name": name, "alias": alias, "path": entry.file_name, "metadata": metadata})
     return found

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from safelight.errors import SafelightError
-from safelight.hires import UPSCALER, steps_to_take, taken
+from safelight.hires import steps_to_take, taken
 from safelight.request import Request
 from safelight.sampler_names import sampler_and_schedule
 from safelight.server.apis.sdapi_bodies import Asked, TextToImage
 from safelight.server.apis.sdapi_names import find_scheduler
 from safelight.server.sizes import fit_to_model
 from safelight.sizes import MAX_SIDE, allowed_side, drawable_size, is_small
-from safelight.upscaling.names import is_lanczos
+from safelight.upscaling.names import LANCZOS, is_lanczos
 
 if TYPE_CHECKING:
     from safelight.server.names import Names
@@ -85,7 +85,7 @@ def with_known_upscaler(asked: Asked, names: Names) -> Asked:
     try:
         names.upscaler(request.hires_upscaler, "hires_upscaler")
     except SafelightError as error:
-        told = [*asked.warnings, f"hr_upscaler: enlarged with {UPSCALER}: {error}"]
+        told = [*asked.warnings, f"hr_upscaler: enlarged with {LANCZOS}: {error}"]
         return replace(asked, request=request.without("hires_upscaler"), warnings=told)
     return asked
 
@@ -147,7 +147,7 @@ def _ignored(body: TextToImage, sampler: str | None) -> list[str]:
     found = [
         (
             _is_none(body.hr_upscaler),
-            f"hr_upscaler: enlarged with {UPSCALER}",
+            f"hr_upscaler: enlarged with {LANCZOS}",
         ),
         (
             body.hr_sampler_name not in SAME
