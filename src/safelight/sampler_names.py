@@ -31,7 +31,7 @@ _LIKE = {
     **dict.fromkeys(("dpm fast", "dpm_fast", "dpm adaptive", "dpm_adaptive"), "dpmpp_2m"),
     **dict.fromkeys(("restart", "heunpp2"), "heun"),
 }
-"""Ours that is most like a sampler of other programs that is not here, by its lower-case name."""
+"""Our sampler that is most like one that only other programs have, by its name in lower case."""
 
 
 @cache

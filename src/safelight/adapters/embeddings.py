@@ -18,8 +18,7 @@ from safelight.prompt.learned import marked
 from safelight.weights.cache import stamp_of
 from safelight.weights.check import printable
 from safelight.weights.digest import digest_file
-from safelight.weights.find import file_on_hub
-from safelight.weights.hub_names import hub_name
+from safelight.weights.find import file_on_hub, hub_file
 
 if TYPE_CHECKING:
     from safelight.model import Model
@@ -93,8 +92,7 @@ class EmbeddingFinder:
                 raise
             except (OSError, RuntimeError, ValueError):
                 pass  # too long, or no home: not a path
-            known = self.library is not None and self.library.matches(name, "embedding")
-            if not known and (hub := hub_name(name)) is not None and hub.file is not None:
+            if (hub := hub_file(name, "embedding", self.library)) is not None:
                 return look_at(file_on_hub(hub, "embedding"))
         if self.library is None:
             where = "no file here, and " if self.takes_paths else ""

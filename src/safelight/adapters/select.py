@@ -35,7 +35,7 @@ from safelight.fast.replace import keeps_in_file
 from safelight.weights.cache import stamp_of
 from safelight.weights.check import printable
 from safelight.weights.digest import tensors_digest
-from safelight.weights.hub_names import hub_name
+from safelight.weights.find import hub_file
 from safelight.weights.library import IN_FOLDER
 
 if TYPE_CHECKING:
@@ -219,8 +219,7 @@ class Adapters:
                     return path, (path.resolve().stem if path.is_file() else path.resolve().name)
             except (OSError, RuntimeError, ValueError):
                 pass  # too long, or no home: not a path
-            known = model.library is not None and model.library.matches(name, "lora")
-            if not known and (hub := hub_name(name)) is not None and hub.file is not None:
+            if (hub := hub_file(name, "lora", model.library)) is not None:
                 return on_hub(hub), str(hub)
         if model.library is None:
             where = "no file here, and " if model.takes_paths and not asked.tagged else ""

@@ -231,6 +231,17 @@ def _not_found(name: str, kind: str, library: Library | None) -> SafelightError:
     return SafelightError(f"{told}: {why}", code="no_model")
 
 
+def hub_file(name: str, kind: str, library: Library | None) -> HubName | None:
+    """Return the file on the hub that a name means; None for other names.
+
+    kind: "lora" or "embedding". A name that the models folder has means the file there.
+    """
+    if library is not None and library.matches(name, kind):
+        return None
+    hub = hub_name(name)
+    return hub if hub is not None and hub.file is not None else None
+
+
 def file_on_hub(hub: HubName, kind: str) -> Path:
     """Return the path of a file on the hub, downloaded if it is not in the cache.
 
