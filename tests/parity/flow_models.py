@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from tokenizers import (
@@ -17,6 +18,9 @@ from tokenizers import (
     processors,
 )
 
+from safelight.engine import Engine
+from safelight.model import Model
+from safelight.request import Request
 from tests.parity.sdxl_models import TEXT, VAE, write_clip_tokenizer
 
 ASKED = {"steps": 2, "width": 64, "height": 64, "seed": 3}
@@ -375,3 +379,16 @@ def write_index(folder: Path, scheduler: dict[str, Any], **parts: Any) -> None:
         **parts,
     }
     (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def check_shared_calls(model: Model, requests: list[Request]) -> None:
+    """Assert that pictures drawn in shared calls are those that each request gives alone."""
+    engine = Engine(model, exact=False, rows=8)
+    for request in requests:
+        engine.add(request)
+    tickets = [*engine.tickets]
+    while engine.busy:
+        engine.step()
+    for request, ticket in zip(requests, tickets, strict=True):
+        alone = np.asarray(model.generate(request).images[0]).astype(int)
+        assert np.abs(alone - np.asarray(ticket.image)).max() <= 1

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from safelight.engine import Engine
 from safelight.request import Request
 from safelight.weights import load_model
 from tests.parity import test_flux as of_flux
-from tests.parity.flow_models import make_qwen_image
+from tests.parity.flow_models import check_shared_calls, make_qwen_image
 from tests.parity.test_pictures import (
     NEGATIVE,
     PROMPT,
@@ -93,15 +92,7 @@ def test_pictures_share_a_call(folder: Path) -> None:
         Request(prompt="a long prompt about a cat", guidance_scale=2.0, **asked),
         Request(prompt="a dog", guidance_scale=1.0, **asked),
     ]
-    engine = Engine(model, exact=False, rows=8)
-    for request in requests:
-        engine.add(request)
-    tickets = [*engine.tickets]
-    while engine.busy:
-        engine.step()
-    for request, ticket in zip(requests, tickets, strict=True):
-        alone = np.asarray(model.generate(request).images[0]).astype(int)
-        assert np.abs(alone - np.asarray(ticket.image)).max() <= 1
+    check_shared_calls(model, requests)
 
 
 def test_sides_that_are_no_multiples_of_a_patch(folder: Path) -> None:

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from safelight.engine import Engine
 from safelight.request import Request
-from tests.parity.flow_models import make_zimage
+from tests.parity.flow_models import check_shared_calls, make_zimage
 from tests.parity.test_pictures import (
     NEGATIVE,
     PROMPT,
@@ -90,12 +88,4 @@ def test_pictures_share_a_call(models: dict[str, Path]) -> None:
         Request(prompt="a dark and long negative", negative_prompt="a cat, too", **asked),
         Request(prompt="a dog", **asked | {"guidance_scale": 1.0}),
     ]
-    engine = Engine(model, exact=False, rows=8)
-    for request in requests:
-        engine.add(request)
-    tickets = [*engine.tickets]
-    while engine.busy:
-        engine.step()
-    for request, ticket in zip(requests, tickets, strict=True):
-        alone = np.asarray(model.generate(request).images[0]).astype(int)
-        assert np.abs(alone - np.asarray(ticket.image)).max() <= 1
+    check_shared_calls(model, requests)

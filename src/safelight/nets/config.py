@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from safelight.errors import SafelightError
@@ -174,6 +174,15 @@ class NetConfig:
         """Raise SafelightError unless `width` // 2 − `shift`, by which sines divide, is above 0."""
         if width // 2 <= shift:
             self._refuse(f"{width} channels are too few for the sines of a timestep")
+
+    def _check_axes(self, axes: Sequence[int], count: int, width: int) -> None:
+        """Raise SafelightError unless rotary axes are `count` even numbers with the sum `width`."""
+        if len(axes) != count or any(axis % 2 for axis in axes) or sum(axes) != width:
+            number = {3: "three", 4: "four"}[count]
+            self._refuse(
+                f"axes_dims_rope should be {number} even numbers with the sum of "
+                f"attention_head_dim={width}"
+            )
 
     def _refuse(self, why: str) -> None:
         raise SafelightError(f"{self._label()}: {why}")

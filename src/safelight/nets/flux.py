@@ -71,12 +71,7 @@ class FluxConfig(NetConfig):
         return self.num_layers + self.num_single_layers
 
     def _validate(self) -> None:
-        axes = self.axes_dims_rope
-        if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != self.attention_head_dim:
-            self._refuse(
-                "axes_dims_rope should be three even numbers with the sum of "
-                f"attention_head_dim={self.attention_head_dim}"
-            )
+        self._check_axes(self.axes_dims_rope, 3, self.attention_head_dim)
         for channels in (self.in_channels, self.out_channels or self.in_channels):
             if channels % PATCH**2:
                 self._refuse(f"{channels} channels are not those of patches of {PATCH}×{PATCH}")

@@ -88,12 +88,7 @@ class Flux2Config(NetConfig):
         return self.num_layers + self.num_single_layers
 
     def _validate(self) -> None:
-        axes = self.axes_dims_rope
-        if len(axes) != 4 or any(axis % 2 for axis in axes) or sum(axes) != self.attention_head_dim:
-            self._refuse(
-                "axes_dims_rope should be four even numbers with the sum of "
-                f"attention_head_dim={self.attention_head_dim}"
-            )
+        self._check_axes(self.axes_dims_rope, 4, self.attention_head_dim)
         if self.inner < 1:
             self._refuse(f"mlp_ratio={self.mlp_ratio} leaves no width of {self.width}")
 

@@ -26,7 +26,7 @@ from safelight.nets.joint import (
     modulated,
 )
 from safelight.nets.layers import Linear, as_map, as_tokens
-from safelight.nets.tokens import RMSNorm, rotary_angles
+from safelight.nets.tokens import RMSNorm, places, rotary_angles
 
 PATCH = 2
 """The side of the patch that a token stands for."""
@@ -70,12 +70,7 @@ class QwenImageConfig(NetConfig):
         return self.num_layers
 
     def _validate(self) -> None:
-        axes = self.axes_dims_rope
-        if len(axes) != 3 or any(axis % 2 for axis in axes) or sum(axes) != self.attention_head_dim:
-            self._refuse(
-                "axes_dims_rope should be three even numbers with the sum of "
-                f"attention_head_dim={self.attention_head_dim}"
-            )
+        self._check_axes(self.axes_dims_rope, 3, self.attention_head_dim)
         if self.in_channels % PATCH**2:
             self._refuse(f"{self.in_channels} channels are not those of patches of {PATCH}×{PATCH}")
 
@@ -160,11 +155,9 @@ class QwenImageTransformer2DModel(nn.Module):
         """
         axes, key = self.config.axes_dims_rope, (h, w, device)
         if self._kept is None or self._kept[0] != key:
-            # float64 is computed on the CPU, because some devices have none.
-            places = torch.zeros(h, w, 3, device="cpu")
-            places[..., 1] = torch.arange(h, device="cpu")[:, None] - (h - h // 2)
-            places[..., 2] = torch.arange(w, device="cpu") - (w - w // 2)
-            self._kept = key, rotary_angles(places.flatten(0, 1), axes, _THETA).to(device)
+            middle = torch.tensor([0, h - h // 2, w - w // 2], device="cpu")
+            around = places([(h, w)], 0) - middle
+            self._kept = key, rotary_angles(around, axes, _THETA).to(device)
         first = max(h // 2, w // 2)
         text = torch.arange(first, first + n, device="cpu")[:, None].expand(n, 3)
         return torch.cat([rotary_angles(text, axes, _THETA).to(device), self._kept[1]])
